@@ -7,7 +7,7 @@ key/value cache, and is what the sharded model is tested against.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -185,6 +185,11 @@ class LanguageModel(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=INIT_STD)
         nn.init.normal_(self.lm_head.weight, std=INIT_STD)
 
+    @classmethod
+    def outer(cls, config: LanguageConfig, boi: int, image: int) -> LanguageModel:
+        """A model without its layers: tables, final norm and image tokens."""
+        return cls(replace(config, layers=0), 0, (), boi, image)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [T, width] of tokens [T]; placeholders are overwritten by the caller."""
         embeddings = self.embed_tokens(tokens)
@@ -226,3 +231,12 @@ class LanguageModel(nn.Module):
     def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy float32 [T] (equation 2), 0 where the label is ignored."""
         return F.cross_entropy(self.logits(hidden), labels, reduction="none")
+
+    def freeze(self) -> None:
+        """Leave only MMFS and the image tokens to be trained."""
+        self.requires_grad_(False)
+        for layer in self.layers:
+            if layer.mmfs is not None:
+                layer.mmfs.requires_grad_(True)
+        if self.image_tokens is not None:
+            self.image_tokens.requires_grad_(True)

@@ -1,0 +1,281 @@
+"""The whole model: images to tokens and maps, one language model over both, images drawn from it.
+
+The language model is handed in: the plain one of ``model.language_model`` or the sharded one of
+``parallel.language_model``; both have ``embed``, ``forward``, ``token_losses`` and ``freeze``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch
+from data_pipeline.rows import SpecialTokens, describe_stream
+from mmi_megatron.config import ModelConfig
+from mmi_megatron.model.image_decoder import ImageDecoder
+from mmi_megatron.model.language_model import Visibility
+from mmi_megatron.model.visual_tokenizer import VisualTokenizer
+
+
+@dataclass
+class Inputs:
+    """A micro-batch as the model takes it; T tokens, I images, J drawn images.
+
+    Attributes:
+        tokens, labels: int64 [T].
+        sees: positions, attention spans and visible images of the tokens.
+        placeholders: int64 [I * n], where the visual tokens go.
+        images: uint8 [I, 3, h, w].
+        drawn: uint8 [J, 3, H, W]; ``drawn_ids`` their image ids.
+        contexts: (first, last) position in the stream of each drawn image's BOS and BoI.
+        references: int32 [J, 2], half-open interval of the images each may look at.
+        out_of_reach: images that the end of their document cannot see, the table being too short.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    sees: Visibility
+    placeholders: Tensor
+    images: Tensor
+    drawn: Tensor
+    drawn_ids: list[int]
+    contexts: list[tuple[int, int]]
+    references: Tensor
+    out_of_reach: int = 0
+
+
+def prepare(batch: Batch, special: SpecialTokens, config: ModelConfig, device: torch.device) -> Inputs:
+    """Describe a batch to the model.
+
+    Raises:
+        ValueError: when the stream's placeholders do not match its images.
+    """
+    language, decoder = config.language, config.decoder
+    reach = _reach(language.mmfs)
+    described = describe_stream(
+        batch.tokens,
+        batch.row_starts,
+        special,
+        max_images=reach,
+        max_references=1 if decoder.references == "nearest" else _reach(decoder.mmfs),
+    )
+    spans = batch.cu_seqlens if language.document_attention else batch.row_starts
+    row_start = batch.row_starts[:-1]
+    position = described.position
+    if not language.document_attention:
+        position = np.arange(len(batch.tokens)) - np.repeat(row_start, np.diff(batch.row_starts))
+    offset = described.image_offset
+    visible = described.visible + np.repeat(offset, np.diff(batch.row_starts))[:, None]
+    references = described.references + offset[described.image_row][:, None]
+    starts = described.context_start + row_start[described.image_row]
+    bois = described.image_boi + row_start[described.image_row]
+    placeholders = np.flatnonzero(batch.tokens == special.image)
+    expected = len(batch.images) * config.vision.resampler.queries
+    if len(bois) != len(batch.images) or len(placeholders) != expected:
+        raise ValueError(
+            f"the stream holds {len(bois)} BoI tokens and {len(placeholders)} placeholders for "
+            f"{len(batch.images)} images of {config.vision.resampler.queries} tokens each"
+        )
+    drawn = batch.drawn_index
+    documents = np.searchsorted(batch.cu_seqlens, bois, "right")
+    per_document = np.bincount(documents) if len(documents) else np.zeros(1, int)
+    return Inputs(
+        tokens=torch.from_numpy(batch.tokens).long().to(device),
+        labels=torch.from_numpy(batch.labels).long().to(device),
+        sees=Visibility(
+            position=torch.from_numpy(position).long().to(device),
+            bounds=spans.tolist(),
+            visible=torch.from_numpy(visible.astype(np.int32)).to(device),
+        ),
+        placeholders=torch.from_numpy(placeholders).to(device),
+        images=torch.from_numpy(batch.images).to(device),
+        drawn=torch.from_numpy(batch.drawn).to(device),
+        drawn_ids=batch.image_ids[drawn].tolist(),
+        contexts=list(zip(starts[drawn].tolist(), bois[drawn].tolist(), strict=True)),
+        references=torch.from_numpy(references[drawn].astype(np.int32)).to(device),
+        out_of_reach=int(np.maximum(per_document - reach, 0).sum()),
+    )
+
+
+def _reach(mmfs) -> int:
+    """Images that an MMFS's table reaches; row 0 is unused."""
+    rows = mmfs.table_rows - 1
+    return rows if mmfs.max_images is None else min(rows, mmfs.max_images)
+
+
+class Images:
+    """How a rank's images are chosen and brought together; here one rank holds them all."""
+
+    def share(self, count: int) -> Tensor:
+        """Indices of the images this rank works on, int64."""
+        return torch.arange(count)
+
+    def owned(self, count: int) -> int:
+        """How many of ``share(count)`` count; the rest fills up to equal lengths."""
+        return count
+
+    def gather(self, shares: Tensor, count: int) -> Tensor:
+        """All images [count, ...] from the ranks' shares."""
+        return shares
+
+    def spread(self, whole: Tensor) -> Tensor:
+        """The same tensor, about to be used for this rank's images only."""
+        return whole
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum of a tensor over the ranks."""
+        return part
+
+
+@dataclass
+class Losses:
+    """Losses before they are normalised.
+
+    Attributes:
+        tokens: float32 [T], next-token loss, 0 where ignored (equation 2).
+        images: float32 [J], next-image loss of every drawn image (equation 3).
+        zero: a zero through which every trainable parameter takes part in the backward pass.
+    """
+
+    tokens: Tensor
+    images: Tensor
+    zero: Tensor
+
+
+class MMInterleaved(nn.Module):
+    """MM-Interleaved (section 3.2).
+
+    Args:
+        config: the model.
+        language: the language model, plain or sharded.
+        tokenizer, decoder: the visual tokenizer and the image decoder (None without image loss).
+        images: how images are divided over ranks.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        language: nn.Module,
+        tokenizer: VisualTokenizer,
+        decoder: ImageDecoder | None,
+        images: Images | None = None,
+    ):
+        super().__init__()
+        self.settings = config
+        self.visual_tokenizer = tokenizer
+        self.language_model = language
+        self.image_decoder = decoder
+        self.image_ranks = images or Images()
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Take the frozen parts out of training."""
+        if self.settings.vision.frozen:
+            self.visual_tokenizer.vit.requires_grad_(False)
+        if self.settings.language.frozen:
+            self.language_model.freeze()
+        if self.image_decoder is not None and self.settings.decoder.frozen:
+            self.image_decoder.requires_grad_(False)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Visual tokens [I, n, width] and maps [I, S, C] of images uint8 [I, 3, h, w]."""
+        count = len(images)
+        mine = self.image_ranks.share(count).to(images.device)
+        pixels = images[mine] if count else images.new_zeros(1, *images.shape[1:])
+        dtype = next(self.visual_tokenizer.parameters()).dtype
+        tokens, maps = self.visual_tokenizer(pixels.to(dtype) / 255)
+        return self.image_ranks.gather(tokens, count), self.image_ranks.gather(maps, count)
+
+    def read(self, inputs: Inputs, cache=None) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, width] after the final norm, and the images' maps [I, S, C]."""
+        tokens, maps = self.encode(inputs.images)
+        count = len(inputs.images)
+        embeddings = self.language_model.embed(inputs.tokens)
+        visual = tokens[:count].flatten(0, 1).to(embeddings.dtype)
+        embeddings = embeddings.index_copy(0, inputs.placeholders, visual)
+        # Without images the tokenizer still takes part, so that every rank has all gradients.
+        zero = 0 * (tokens[count:].sum() + maps[count:].sum()) if not count else 0
+        hidden = self.language_model(embeddings, inputs.sees, maps[:count])
+        return hidden + zero, maps[:count]
+
+    def forward(self, inputs: Inputs, seed: int, step: int) -> Losses:
+        """Losses of a micro-batch; the noise is keyed by (seed, step, image id)."""
+        hidden, maps = self.read(inputs)
+        images, zero = self._image_losses(inputs, hidden, maps, seed, step)
+        tokens = self.language_model.token_losses(hidden, inputs.labels)
+        if self.settings.loss.next_token == 0:
+            tokens = tokens.detach()
+            zero = zero + 0 * hidden.sum()
+        return Losses(tokens, images, zero)
+
+    def _image_losses(
+        self, inputs: Inputs, hidden: Tensor, maps: Tensor, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        count = len(inputs.drawn)
+        nothing = torch.zeros(count, device=hidden.device)
+        if self.image_decoder is None:
+            return nothing, hidden.new_zeros(())
+        if not count:
+            return nothing, self.image_decoder.zero_term()
+        mine = self.image_ranks.share(count)
+        owned = self.image_ranks.owned(count)
+        ids = [inputs.drawn_ids[j] for j in mine.tolist()]
+        context, mask = self.contexts(self.image_ranks.spread(hidden), inputs.contexts, mine.tolist())
+        losses = self.image_decoder.loss(
+            inputs.drawn[mine],
+            context,
+            mask,
+            self.image_ranks.spread(maps),
+            inputs.references[mine],
+            self.image_decoder.draw_keys(ids, seed, step),
+        )
+        zero = 0 * losses.sum() if owned == 0 else hidden.new_zeros(())
+        every = nothing.index_copy(0, mine[:owned].to(nothing.device), losses[:owned])
+        return self.image_ranks.total(every), zero
+
+    @staticmethod
+    def contexts(
+        hidden: Tensor, bounds: list[tuple[int, int]], which: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """States from each image's BoI back to its BOS.
+
+        Args:
+            hidden: [T, width].
+            bounds: positions of BOS and BoI of the drawn images.
+            which: the drawn images wanted.
+
+        Returns:
+            context [j, longest, width], BoI first, and its mask, bool [j, longest].
+        """
+        longest = max(bounds[j][1] - bounds[j][0] + 1 for j in which)
+        back = torch.arange(longest, device=hidden.device)
+        first, last = torch.tensor([bounds[j] for j in which], device=hidden.device).T
+        position = last[:, None] - back
+        mask = position >= first[:, None]
+        return hidden[position.clamp_min(0)], mask
+
+    @torch.no_grad()
+    def draw(self, inputs: Inputs, *, steps: int, guidance: float, seeds: list[int], **options) -> Tensor:
+        """Draw every drawn image of the batch from its true context, uint8 [J, 3, H, W]."""
+        hidden, maps = self.read(inputs)
+        count = len(inputs.drawn)
+        if not count:
+            return inputs.drawn
+        mine, owned = self.image_ranks.share(count), self.image_ranks.owned(count)
+        context, mask = self.contexts(hidden, inputs.contexts, mine.tolist())
+        pictures = self.image_decoder.sample(
+            context,
+            mask,
+            maps,
+            inputs.references[mine],
+            steps=steps,
+            guidance=guidance,
+            generator_seeds=[seeds[j] for j in mine.tolist()],
+            **options,
+        )
+        every = torch.zeros(count, *pictures.shape[1:], device=pictures.device)
+        every[mine[:owned]] = pictures[:owned].float()
+        return self.image_ranks.total(every).to(torch.uint8)

@@ -1,0 +1,49 @@
+"""The images of a micro-batch divided over the tensor-parallel group.
+
+The visual tokenizer and the image decoder are replicated; each tensor-parallel rank takes an equal
+share of the images. What comes before and after is the same on every rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+
+from mmi_megatron.model.mm_interleaved import Images
+
+
+class TensorParallelImages(Images):
+    """``Images`` over the tensor-parallel group."""
+
+    def share(self, count: int) -> Tensor:
+        """This rank's images; the last share wraps around so that all are of one length."""
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        length = -(-count // ranks)
+        start = parallel_state.get_tensor_model_parallel_rank() * length
+        return torch.arange(start, start + length) % max(count, 1)
+
+    def owned(self, count: int) -> int:
+        """How many of ``share(count)`` are this rank's own and not there to fill up."""
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        length = -(-count // ranks)
+        start = parallel_state.get_tensor_model_parallel_rank() * length
+        return max(0, min(length, count - start))
+
+    def gather(self, shares: Tensor, count: int) -> Tensor:
+        """All images from every rank's share. What follows is the same on all ranks, and so is the
+        gradient: each rank takes its part of it."""
+        return gather_from_sequence_parallel_region(shares, tensor_parallel_output_grad=False)[:count]
+
+    def spread(self, whole: Tensor) -> Tensor:
+        """What every rank holds, about to be used for different images: gradients are summed."""
+        return copy_to_tensor_model_parallel_region(whole)
+
+    def total(self, part: Tensor) -> Tensor:
+        """The sum over the ranks' images."""
+        return reduce_from_tensor_model_parallel_region(part)

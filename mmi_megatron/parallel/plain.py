@@ -1,0 +1,199 @@
+"""Between the plain language model's tensors and a tensor-parallel rank's parameters.
+
+Both directions go through one table of rules, so what is loaded is what is exported. Work is done
+layer by layer: no rank ever holds the whole plain model because of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from mmi_megatron.config import LanguageConfig
+from mmi_megatron.model.language_model import DecoderLayer, LanguageModel
+from mmi_megatron.parallel.language_model import ShardedLanguageModel
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one parameter is made of plain tensors.
+
+    Attributes:
+        plain: names of the plain tensors.
+        join: plain tensors to the whole sharded parameter's pieces, one a rank, given the ranks.
+        part: a whole parameter from the ranks' pieces, as a list of the plain tensors.
+    """
+
+    plain: tuple[str, ...]
+    join: Callable[[list[Tensor], int], list[Tensor]]
+    part: Callable[[list[Tensor]], list[Tensor]]
+
+
+def _whole(name: str) -> Rule:
+    return Rule((name,), lambda tensors, ranks: tensors * ranks, lambda pieces: pieces[:1])
+
+
+def _split(name: str, dim: int) -> Rule:
+    return Rule(
+        (name,),
+        lambda tensors, ranks: list(tensors[0].chunk(ranks, dim)),
+        lambda pieces: [torch.cat(pieces, dim)],
+    )
+
+
+def _qkv(prefix: str, config: LanguageConfig) -> Rule:
+    """Megatron stores, for each key/value head, its queries, then its key, then its value."""
+    groups, width = config.kv_heads, config.width // config.heads
+    sizes = [config.heads // groups * width, width, width]
+
+    def join(tensors: list[Tensor], ranks: int) -> list[Tensor]:
+        grouped = [tensor.unflatten(0, (groups, -1)) for tensor in tensors]
+        return list(torch.cat(grouped, 1).flatten(0, 1).chunk(ranks))
+
+    def part(pieces: list[Tensor]) -> list[Tensor]:
+        grouped = torch.cat(pieces).unflatten(0, (groups, -1))
+        return [tensor.flatten(0, 1) for tensor in grouped.split(sizes, 1)]
+
+    return Rule(tuple(f"{prefix}{name}_proj.weight" for name in "qkv"), join, part)
+
+
+def _gated(prefix: str) -> Rule:
+    """A rank's slice of the gate, then the same slice of the up projection."""
+
+    def join(tensors: list[Tensor], ranks: int) -> list[Tensor]:
+        return [torch.cat(pair) for pair in zip(*(t.chunk(ranks) for t in tensors), strict=True)]
+
+    def part(pieces: list[Tensor]) -> list[Tensor]:
+        gates, ups = zip(*(piece.chunk(2) for piece in pieces), strict=True)
+        return [torch.cat(gates), torch.cat(ups)]
+
+    return Rule((f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"), join, part)
+
+
+def layer_rules(config: LanguageConfig, mmfs: bool) -> dict[str, Rule]:
+    """Rules of one layer: the sharded parameter's name to its rule."""
+    rules = {
+        "input_layernorm.weight": _whole("input_layernorm.weight"),
+        "self_attention.linear_qkv.weight": _qkv("self_attn.", config),
+        "self_attention.linear_proj.weight": _split("self_attn.o_proj.weight", 1),
+        "pre_mlp_layernorm.weight": _whole("post_attention_layernorm.weight"),
+        "mlp.linear_fc1.weight": _gated("mlp."),
+        "mlp.linear_fc2.weight": _split("mlp.down_proj.weight", 1),
+    }
+    if mmfs:
+        source, target = "mmfs.attention.", "cross_attention."
+        rules |= {
+            "cross_attn_bda.gate": _whole("mmfs.gate"),
+            "pre_cross_attn_layernorm.weight": _whole("mmfs.norm_query.weight"),
+            target + "norm_maps.weight": _whole("mmfs.norm_maps.weight"),
+            target + "query_proj.weight": _split(source + "query_proj.weight", 0),
+            target + "query_proj.bias": _split(source + "query_proj.bias", 0),
+            target + "table": _split(source + "table.weight", 1),
+            target + "offsets_weight": _split(source + "offsets.weight", 1),
+            target + "offsets_bias": _split(source + "offsets.bias", 0),
+            target + "logits_weight": _split(source + "logits.weight", 1),
+            target + "logits_bias": _split(source + "logits.bias", 0),
+            target + "value_proj.weight": _split(source + "value_proj.weight", 0),
+            target + "value_proj.bias": _split(source + "value_proj.bias", 0),
+            target + "sink_value": _split(source + "sink_value", 0),
+            target + "output_proj.weight": _split(source + "output_proj.weight", 1),
+            target + "output_proj.bias": _whole(source + "output_proj.bias"),
+        }
+    return rules
+
+
+def outer_rules(config: LanguageConfig) -> dict[str, Rule]:
+    """Rules of what lies around the layers."""
+    rules = {
+        "embedding.weight": _split("embed_tokens.weight", 0),
+        "decoder.final_layernorm.weight": _whole("norm.weight"),
+        "output_layer.weight": _split("lm_head.weight", 0),
+    }
+    if config.train_image_tokens:
+        names = ("embedding", "head.weight", "head.bias")
+        rules |= {f"image_tokens.{name}": _whole(f"image_tokens.{name}") for name in names}
+    return rules
+
+
+def _parts(model: ShardedLanguageModel) -> Iterator[tuple[str, str, dict[str, Rule]]]:
+    """Prefix in the sharded and in the plain model, and the rules there."""
+    yield "", "", outer_rules(model.language)
+    for index, layer in enumerate(model.decoder.layers):
+        rules = layer_rules(model.language, hasattr(layer.cross_attn_bda, "gate"))
+        yield f"decoder.layers.{index}.", f"layers.{layer.layer_number - 1}.", rules
+
+
+@torch.no_grad()
+def load_plain(model: ShardedLanguageModel, plain: dict[str, Tensor]) -> None:
+    """Fill the sharded model from the plain one's state dict.
+
+    Raises:
+        KeyError: when a plain tensor is missing; ValueError: when a shape differs or one is left over.
+    """
+    unused = set(plain)
+    for prefix, source, rules in _parts(model):
+        tensors = {name.removeprefix(source): tensor for name, tensor in plain.items() if name.startswith(source)}
+        used = _fill(model, prefix, rules, tensors)
+        unused -= {source + name for name in used}
+    if unused:
+        raise ValueError(f"plain tensors that the model has no place for: {sorted(unused)[:8]}")
+
+
+def _fill(model: nn.Module, prefix: str, rules: dict[str, Rule], tensors: dict[str, Tensor]) -> set[str]:
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    parameters = dict(model.named_parameters())
+    used: set[str] = set()
+    for name, rule in rules.items():
+        piece = rule.join([tensors[plain] for plain in rule.plain], ranks)[rank]
+        parameter = parameters[prefix + name]
+        if piece.shape != parameter.shape:
+            raise ValueError(f"{prefix}{name}: expected {tuple(parameter.shape)}, got {tuple(piece.shape)}")
+        parameter.copy_(piece)
+        used |= set(rule.plain)
+    return used
+
+
+def gather_plain(
+    model: ShardedLanguageModel, of: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.data
+) -> dict[str, Tensor]:
+    """The plain tensors from all ranks' parameters, the same on every rank (collective).
+
+    Args:
+        model: the sharded model.
+        of: what is gathered of a parameter, of its shape: its value, or its gradient. None leaves
+            the parameter out.
+    """
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+    group = parallel_state.get_tensor_model_parallel_group()
+    parameters = dict(model.named_parameters())
+    plain: dict[str, Tensor] = {}
+    for prefix, target, rules in _parts(model):
+        for name, rule in rules.items():
+            piece = of(parameters[prefix + name])
+            if piece is None:
+                continue
+            pieces = [torch.empty_like(piece) for _ in range(ranks)]
+            dist.all_gather(pieces, piece.contiguous(), group=group)
+            for plain_name, tensor in zip(rule.plain, rule.part(pieces), strict=True):
+                plain[target + plain_name] = tensor.clone()
+    return plain
+
+
+@torch.no_grad()
+def initialise(model: ShardedLanguageModel, seed: int) -> None:
+    """Start values of the plain twin, built layer by layer: the same model at any layout."""
+    for prefix, source, rules in _parts(model):
+        layer = int(source.split(".")[1]) if source else -1
+        with torch.random.fork_rng():
+            torch.manual_seed(seed * 100_003 + layer + 1)
+            if source:
+                twin = DecoderLayer(model.language, layer, model.maps_width, model.shapes)
+            else:
+                twin = LanguageModel.outer(model.language, model.boi, model.image)
+        _fill(model, prefix, rules, dict(twin.named_parameters()))

@@ -1,0 +1,135 @@
+"""The language model's layers as Megatron-Core module specs."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+from mmi_megatron.config import Config, LanguageConfig
+from mmi_megatron.model.attention import packed_attention
+from mmi_megatron.model.language_model import has_mmfs
+from mmi_megatron.parallel.mmfs import GatedAdd, ShardedMMFS
+from mmi_megatron.parallel.norm import RMSNorm
+from mmi_megatron.platform import device, parameter_dtype
+
+
+class Documents(PackedSeqParams):
+    """Bounds of the spans that attend within themselves, as plain numbers.
+
+    The format is named ``sbhd`` because the rotary table comes indexed by position already, so
+    Megatron must not restart it per document once more.
+    """
+
+    def __init__(self, bounds: list[int]):
+        super().__init__(qkv_format="sbhd")
+        self.bounds = bounds
+
+
+class PackedCoreAttention(MegatronModule):
+    """Core attention of Megatron's SelfAttention for one stream of packed documents."""
+
+    def __init__(self, config: TransformerConfig, **_):
+        super().__init__(config=config)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: Documents | None = None,
+    ) -> Tensor:
+        """[T, 1, heads, width] each (fewer heads in key and value with grouped queries) to
+        [T, 1, heads * width]."""
+        out = packed_attention(query[:, 0], key[:, 0], value[:, 0], packed_seq_params.bounds)
+        return out.flatten(1).unsqueeze(1)
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Megatron's configuration of the language model."""
+    language, parallel = config.model.language, config.parallel
+    dtype = parameter_dtype(config.train.precision)
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=language.layers,
+        hidden_size=language.width,
+        ffn_hidden_size=language.ffn,
+        num_attention_heads=language.heads,
+        num_query_groups=language.kv_heads,
+        kv_channels=language.width // language.heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        expert_tensor_parallel_size=1,
+        use_cpu_initialization=device().type == "cpu",
+        perform_initialization=False,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=config.train.precision == "bf16",
+        calculate_per_token_loss=True,
+        hetereogenous_dist_checkpoint=True,
+        **(recompute if config.train.recompute else {}),
+    )
+
+
+def _layer_spec(language: LanguageConfig, layer: int, maps_width: int, shapes) -> ModuleSpec:
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedCoreAttention,
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=attention,
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=mlp,
+        mlp_bda=get_bias_dropout_add,
+    )
+    if has_mmfs(language, layer):
+        submodules.pre_cross_attn_layernorm = RMSNorm
+        submodules.cross_attention = ModuleSpec(
+            module=ShardedMMFS,
+            params={"mmfs": language.mmfs, "maps_width": maps_width, "shapes": shapes},
+        )
+        submodules.cross_attn_bda = ModuleSpec(module=GatedAdd)
+    return ModuleSpec(module=TransformerLayer, submodules=submodules)
+
+
+def block_spec(language: LanguageConfig, maps_width: int, shapes) -> TransformerBlockSubmodules:
+    """Specs of all layers: MMFS in the cross-attention slot of every ``mmfs_every``-th."""
+    layers = [_layer_spec(language, layer, maps_width, shapes) for layer in range(language.layers)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
