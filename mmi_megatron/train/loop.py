@@ -1,0 +1,267 @@
+"""The training loop: one step after the other, the same on a laptop and on a cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from data_pipeline.batch import IGNORED, Batch
+from data_pipeline.stream import Stream
+from data_pipeline.tokens import load_tokenizer
+from mmi_megatron.config import Config
+from mmi_megatron.model.mm_interleaved import Inputs, Losses, prepare
+from mmi_megatron.parallel import groups
+from mmi_megatron.parallel.model import build_model
+from mmi_megatron.platform import device
+from mmi_megatron.settings import save_config
+from mmi_megatron.train import checkpoint
+from mmi_megatron.train.metrics import Meter
+from mmi_megatron.train.optimizer import build_optimizer, finish, mark_image_parallel, wrap
+from mmi_megatron.train.pictures import save_strip
+
+VALIDATION_SEED = 20_231_018
+"""Seed of the noise of validation: the same at every step, so that losses can be compared."""
+
+
+@dataclass
+class Counts:
+    """What a step's losses are divided by, summed over all ranks and micro-batches."""
+
+    tokens: int
+    images: int
+
+
+class Trainer:
+    """One run on this rank. Process groups must be up.
+
+    Args:
+        config: the run.
+        layout: this rank's place.
+        out: folder of the run: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``.
+    """
+
+    def __init__(self, config: Config, layout: groups.Layout, out: Path):
+        self.config, self.layout, self.out = config, layout, out
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        check_tokenizer(config, self.tokenizer.size)
+        self.stream = Stream(config.data, "train", global_rows=config.train.rows)
+        self.heldout = Stream(config.data, "heldout", global_rows=config.train.rows)
+        model = build_model(config, self.tokenizer.special)
+        if config.parallel.shard_images:
+            for part in model.image_parts():
+                mark_image_parallel(part)
+        self.model = wrap(model, config)
+        self.optimizer, self.scheduler = build_optimizer(self.model, config)
+        self.step = 0
+        self.meter = Meter(out, config, writes=layout.rank == 0)
+        self.forward_backward = get_forward_backward_func()
+
+    @property
+    def plain(self):
+        """The model without Megatron's wrapper."""
+        return self.model.module
+
+    def resume(self) -> None:
+        """Continue from the newest complete checkpoint, if there is one."""
+        newest = checkpoint.latest(self.out / "checkpoints")
+        if newest is None:
+            return
+        extra = checkpoint.load(self.model, self.optimizer, self.scheduler, newest)
+        self.step = extra["step"]
+        self.stream.load_state(extra["data"])
+        self.meter.resume(self.step)
+
+    def run(self, stop_after: int | None = None) -> None:
+        """Train up to ``train.steps``, or to ``stop_after`` steps if that comes first."""
+        train = self.config.train
+        last = min(train.steps, stop_after or train.steps)
+        while self.step < last:
+            record = self.train_step()
+            self.step += 1
+            self.meter.step(self.step, record)
+            if self._due(train.validate_every, last):
+                self.meter.validation(self.step, self.validate())
+            if self._due(train.sample_every, last):
+                self.sample()
+            if self._due(train.save_every, last):
+                self.save()
+        self.meter.close()
+
+    def _due(self, every: int, last: int) -> bool:
+        return every > 0 and (self.step % every == 0 or self.step == last)
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; the record of it for the log."""
+        started = time.perf_counter()
+        batches = self._next_batches()
+        inputs = [self._prepare(batch) for batch in batches]
+        counts = self._count(batches)
+        waited = time.perf_counter() - started
+
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = self.forward_backward(
+            forward_step_func=lambda feed, model: self._forward(feed, model, counts),
+            data_iterator=iter(inputs),
+            model=[self.model],
+            num_microbatches=len(inputs),
+            seq_length=self.config.data.context_length,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+        norm, skipped = finish(self.model, self.optimizer)
+        if not skipped:
+            self.scheduler.step(increment=1)
+            self._update_average()
+        losses = self._sum([torch.stack([report[name] for report in reports]).sum() for name in ("tokens", "images")])
+        seconds = time.perf_counter() - started
+        return {
+            "next_token_loss": losses[0] / max(counts.tokens, 1),
+            "next_image_loss": losses[1] / max(counts.images, 1),
+            "grad_norm": norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "skipped": float(skipped),
+            "tokens": counts.tokens,
+            "images": counts.images,
+            "images_out_of_reach": sum(item.out_of_reach for item in inputs),
+            "quarantined": len(self.stream.ledger),
+            "seconds": seconds,
+            "data_wait": waited / seconds,
+            "tokens_per_second": self.config.train.rows * self.config.data.context_length / seconds,
+            "images_per_second": counts.images / seconds,
+        }
+
+    def _next_batches(self) -> list[Batch]:
+        train, layout = self.config.train, self.layout
+        step = self.stream.next()
+        count = train.rows // (layout.dp_size * train.micro_rows)
+        return step.batches(layout.dp_rank, layout.dp_size, train.micro_rows, count)
+
+    def _prepare(self, batch: Batch) -> Inputs:
+        return prepare(batch, self.tokenizer.special, self.config.model, device())
+
+    def _count(self, batches: list[Batch]) -> Counts:
+        """Kept tokens and drawn images of the step, from the rows that were really produced."""
+        tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+        images = sum(len(batch.drawn) for batch in batches)
+        summed = self._sum([torch.tensor(float(tokens)), torch.tensor(float(images))])
+        return Counts(int(summed[0]), int(summed[1]))
+
+    def _sum(self, values: list[Tensor]) -> list[float]:
+        """Sums over the data-parallel ranks, in float64 so that counts stay exact."""
+        together = torch.stack(values).to(device=device(), dtype=torch.float64)
+        dist.all_reduce(together, group=parallel_state.get_data_parallel_group())
+        return together.tolist()
+
+    def _forward(self, feed: Iterator[Inputs], model, counts: Counts):
+        """Megatron's forward step: the losses, and the function that reduces them to one."""
+        losses: Losses = model(next(feed), self.config.train.seed, self.step)
+
+        def reduce(losses: Losses):
+            weights = self.config.model.loss
+            tokens, images = losses.tokens.sum(), losses.images.sum()
+            loss = weights.next_token * tokens / max(counts.tokens, 1)
+            loss = loss + weights.next_image * images / max(counts.images, 1) + losses.zero
+            report = {"tokens": tokens.detach(), "images": images.detach()}
+            # Zero tokens: the losses are divided already, and Megatron must not divide again.
+            return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
+
+        return losses, reduce
+
+    def _update_average(self) -> None:
+        decoder = self.plain.image_decoder
+        if decoder is not None:
+            decoder.update_average()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Held-out losses of every source, with the same noise each time."""
+        self.model.eval()
+        train, layout, results = self.config.train, self.layout, {}
+        for source in self.config.data.sources:
+            batches = self.heldout.validation_batches(source.name, train.validate_documents, train.micro_rows)
+            sums = torch.zeros(4)
+            for batch in batches[layout.dp_rank :: layout.dp_size]:
+                losses = self.model(self._prepare(batch), VALIDATION_SEED, 0)
+                kept, drawn = (batch.labels != IGNORED).sum(), len(batch.drawn)
+                sums += torch.tensor([losses.tokens.sum(), kept, losses.images.sum(), drawn])
+            tokens, kept, images, drawn = self._sum(list(sums))
+            results[f"{source.name}/next_token_loss"] = tokens / max(kept, 1)
+            results[f"{source.name}/next_image_loss"] = images / max(drawn, 1)
+        return results
+
+    def sample(self) -> None:
+        """Draw the images of a few held-out documents beside the true ones, as a PNG."""
+        train, decoder = self.config.train, self.plain.image_decoder
+        if decoder is None or train.sample_documents == 0:
+            return
+        self.model.eval()
+        documents = self.heldout.heldout_documents(train.sample_documents)
+        batch = self.heldout.row_of(documents)
+        inputs = self._prepare(batch)
+        with decoder.averaged():
+            drawn = self.plain.draw(
+                inputs,
+                steps=train.sample_steps,
+                guidance=train.guidance,
+                seeds=list(range(len(batch.drawn))),
+            )
+        if self.layout.rank == 0 and len(batch.drawn):
+            save_strip(self.out / "samples" / f"step_{self.step:07d}.png", batch.drawn, drawn.cpu().numpy())
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        extra = {"step": self.step, "data": self.stream.state()}
+        checkpoint.save(
+            self.model,
+            self.optimizer,
+            self.scheduler,
+            extra,
+            self.out / "checkpoints",
+            step=self.step,
+            keep=self.config.train.keep,
+        )
+
+
+def check_tokenizer(config: Config, size: int) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    vocabulary = config.model.language.vocabulary
+    if size != vocabulary:
+        raise ValueError(
+            f"data.tokenizer: {config.data.tokenizer} has {size} tokens with the image tokens, but "
+            f"model.language.vocabulary is {vocabulary}; set it, or name the tokenizer of this model"
+        )
+
+
+def train(config: Config, out: Path, resume: bool = False, stop_after: int | None = None) -> None:
+    """Run a training job on this rank, from set-up to the last step.
+
+    Args:
+        config: the run.
+        out: its folder.
+        resume: continue from the newest complete checkpoint in ``out``.
+        stop_after: stop, with a checkpoint, after this many steps of the whole run.
+    """
+    layout = groups.initialize(config)
+    try:
+        if layout.rank == 0:
+            save_config(config, out / "config.yaml")
+        trainer = Trainer(config, layout, out)
+        if resume:
+            trainer.resume()
+        trainer.run(stop_after)
+    finally:
+        groups.destroy()
