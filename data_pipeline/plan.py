@@ -1,0 +1,151 @@
+"""The order of samples and their parts: pure functions of (seed, source, position).
+
+Nothing here holds a random generator's state; every choice is a keyed hash, so any position can be
+computed on its own, on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+from data_pipeline.index import IMAGE
+
+SAMPLE_BITS = 39
+"""A sample's id is ``source << SAMPLE_BITS | its number in the source``."""
+
+
+def keyed(*key: int) -> int:
+    """64 bits that look random and depend on the key alone."""
+    packed = struct.pack(f"<{len(key)}q", *key)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+
+
+def permuted(index: int, count: int, *key: int) -> int:
+    """Where ``index`` goes in a keyed permutation of ``count`` things, without listing them.
+
+    A four-round Feistel network over the smallest even number of bits that holds ``count``,
+    applied until the result is below it (cycle walking).
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for round_ in range(4):
+            left, right = right, left ^ (keyed(*key, round_, right) & mask)
+        index = left << half | right
+        if index < count:
+            return index
+
+
+def sample_id(source: int, number: int) -> int:
+    """Identity of a document in all sources together."""
+    return source << SAMPLE_BITS | number
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a document, or tokens ``start`` to ``stop`` of a long text; an image is whole."""
+
+    piece: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a row holds of a document: all of it, or one part of an over-long one.
+
+    Attributes:
+        source: number of the source.
+        number: number of the document in the source.
+        flipped: the pieces are taken in reverse order (pairs).
+        segments: what it holds, in order.
+        first_image: images of the document before this part.
+        images: images in it.
+        length: tokens, BOS and EOS included.
+        last: it ends the document, with EOS.
+    """
+
+    source: int
+    number: int
+    flipped: bool
+    segments: tuple[Segment, ...]
+    first_image: int
+    images: int
+    length: int
+    last: bool
+
+
+def split_document(
+    pieces: list[int], room: int, image_tokens: int, max_images: int | None
+) -> list[list[Segment]]:
+    """Divide a document into parts that fit a row.
+
+    Cuts lie between pieces where possible; text that alone is longer than a row is cut between
+    tokens. An image is never cut. The first piece of a part may be an image without context.
+
+    Args:
+        pieces: tokens of each text, ``IMAGE`` for an image.
+        room: tokens of a row; each part also takes BOS, the last one EOS.
+        image_tokens: placeholders of an image; ``image_tokens + 3 <= room``.
+        max_images: cap on the images of a part, or None.
+
+    Returns:
+        Segments of each part; at least one part.
+    """
+    parts: list[list[Segment]] = [[]]
+    free, images = room - 1, 0
+    for number, tokens in enumerate(pieces):
+        size = image_tokens + 1 if tokens == IMAGE else tokens
+        over = tokens == IMAGE and max_images is not None and images == max_images
+        if parts[-1] and (size > free or over):
+            parts.append([])
+            free, images = room - 1, 0
+        start = 0
+        while size - start > free:
+            parts[-1].append(Segment(number, start, start + free))
+            start += free
+            parts.append([])
+            free, images = room - 1, 0
+        if size > start:
+            parts[-1].append(Segment(number, start, size))
+        free -= size - start
+        images += tokens == IMAGE
+    if free == 0:
+        parts.append(_make_room(parts[-1], pieces))
+    return parts
+
+
+def _make_room(part: list[Segment], pieces: list[int]) -> list[Segment]:
+    """Take the end off a part that has no room for EOS: its last piece, or half of its only text."""
+    segment = part.pop()
+    if part:
+        return [segment]
+    middle = (segment.start + segment.stop) // 2
+    part.append(Segment(segment.piece, segment.start, middle))
+    return [Segment(segment.piece, middle, segment.stop)]
+
+
+def parts_of(
+    pieces: list[int],
+    source: int,
+    number: int,
+    *,
+    room: int,
+    image_tokens: int,
+    max_images: int | None,
+    flipped: bool = False,
+) -> list[Part]:
+    """The parts of a document; the arguments are those of ``split_document``."""
+    order = pieces[::-1] if flipped else pieces
+    divided = split_document(order, room, image_tokens, max_images)
+    parts, first = [], 0
+    for index, segments in enumerate(divided):
+        images = sum(order[segment.piece] == IMAGE for segment in segments)
+        last = index == len(divided) - 1
+        length = 1 + sum(segment.stop - segment.start for segment in segments) + last
+        parts.append(Part(source, number, flipped, tuple(segments), first, images, length, last))
+        first += images
+    return parts

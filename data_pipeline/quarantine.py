@@ -1,0 +1,78 @@
+"""The ledger of bad samples: nothing is left out without being counted and named."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from data_pipeline.errors import TooManyFailures
+
+MINIMUM_FAILURES = 8
+"""Below this many bad samples a source never stops the run, whatever their fraction."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One bad sample: where it is, why it is left out (``reason``, counted) and what was found."""
+
+    source: str
+    shard: str
+    key: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass
+class Ledger:
+    """Failures of a run.
+
+    Attributes:
+        limit: fraction of a source's samples that may be bad.
+        lines: each bad sample once.
+        failed: times a sample was bad, by (source, reason); a sample drawn twice counts twice.
+        seen: samples looked at, by source.
+    """
+
+    limit: float
+    lines: list[Failure] = field(default_factory=list)
+    failed: Counter = field(default_factory=Counter)
+    seen: Counter = field(default_factory=Counter)
+    _known: set = field(default_factory=set, repr=False)
+
+    def record(self, seen: Counter | dict[str, int], failures: list[Failure]) -> None:
+        """Add samples looked at and the bad ones among them.
+
+        Raises:
+            TooManyFailures: when a source exceeds the limit.
+        """
+        self.seen.update(seen)
+        for failure in failures:
+            self.failed[failure.source, failure.reason] += 1
+            if failure not in self._known:
+                self._known.add(failure)
+                self.lines.append(failure)
+        for source in {failure.source for failure in failures}:
+            self._check(source)
+
+    def counts(self, source: str) -> dict[str, int]:
+        """Bad samples of a source by reason."""
+        return {reason: n for (name, reason), n in sorted(self.failed.items()) if name == source}
+
+    def write(self, path: Path | str) -> None:
+        """Write the lines as JSON lines."""
+        text = "".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in self.lines)
+        Path(path).write_text(text, encoding="utf-8")
+
+    def _check(self, source: str) -> None:
+        counts = self.counts(source)
+        bad, seen = sum(counts.values()), max(self.seen[source], 1)
+        if bad >= MINIMUM_FAILURES and bad > self.limit * seen:
+            last = next(line for line in reversed(self.lines) if line.source == source)
+            reasons = ", ".join(f"{reason} {n}" for reason, n in counts.items())
+            raise TooManyFailures(
+                f"source {source!r}: {bad} of {seen} samples are bad, more than data.failure_limit="
+                f"{self.limit} allows ({reasons}); the last: {last.shard}, key {last.key!r}: "
+                f"{last.reason} {last.detail}".rstrip()
+            )

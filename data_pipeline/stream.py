@@ -1,0 +1,357 @@
+"""The stream of training steps: what the trainer holds.
+
+The order is fixed by (manifest, tokenizer, settings): samples are mixed over the sources, taken by
+windows, packed to rows, and rows taken by steps. A position is a few numbers, so a run resumes
+exactly, at any number of ranks. Nothing is decoded before a rank asks for its batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.batch import Batch
+from data_pipeline.decode import decode
+from data_pipeline.errors import BadSample, DataError, ResumeError
+from data_pipeline.formats import Document
+from data_pipeline.index import Corpus, open_corpus
+from data_pipeline.mix import next_source
+from data_pipeline.pack import pack
+from data_pipeline.plan import SAMPLE_BITS, Part, keyed, parts_of, permuted
+from data_pipeline.produce import Producer
+from data_pipeline.quarantine import Failure, Ledger
+from data_pipeline.settings import DataSettings, check_settings, whole_weights
+from data_pipeline.tokens import load_tokenizer
+
+SCHEMA = 1
+SPLITS = ("train", "heldout")
+ORDER, FLIP, ROWS, VALIDATION = range(4)
+"""What a keyed choice is for: order of samples, side of a pair's image, order of rows, validation."""
+
+
+class Planner:
+    """Windows of packed rows: a pure function of the samples drawn so far.
+
+    Args:
+        settings: as checked by ``check_settings``.
+        corpus: the index.
+        split: ``train`` or ``heldout``.
+    """
+
+    def __init__(self, settings: DataSettings, corpus: Corpus, split: str):
+        self.settings = settings
+        self.corpus = corpus
+        self.weights = whole_weights(settings)
+        self.numbers = [source.train if split == "train" else source.heldout for source in corpus.sources]
+        for source, numbers in zip(corpus.sources, self.numbers, strict=True):
+            if len(numbers) == 0:
+                raise DataError(
+                    f"source {source.settings.name!r}: none of its {len(source.entries)} documents is in the "
+                    f"{split} split; change data.holdout={settings.holdout} or add documents"
+                )
+
+    def window(self, drawn: list[int]) -> tuple[list[list[Part]], list[int]]:
+        """Plan one window.
+
+        Args:
+            drawn: samples taken from each source before it.
+
+        Returns:
+            Its rows, in the order they are trained; and ``drawn`` after it.
+        """
+        after = list(drawn)
+        parts: list[list[Part]] = [[] for _ in after]
+        for _ in range(self.settings.window):
+            source = next_source(after, self.weights)
+            parts[source] += self.sample(source, after[source])
+            after[source] += 1
+        rows = [row for own in parts for row in self.pack(own)]
+        key = (self.settings.seed, ROWS, sum(drawn))
+        return [rows[permuted(index, len(rows), *key)] for index in range(len(rows))], after
+
+    def sample(self, source: int, draw: int) -> list[Part]:
+        """The parts of a source's ``draw``-th sample: each pass over the source has its own order."""
+        numbers = self.numbers[source]
+        epoch, index = divmod(draw, len(numbers))
+        number = int(numbers[permuted(index, len(numbers), self.settings.seed, ORDER, source, epoch)])
+        return self.parts(source, number, epoch)
+
+    def parts(self, source: int, number: int, epoch: int) -> list[Part]:
+        """The parts of a document as it is seen in a pass over its source."""
+        corpus = self.corpus.sources[source]
+        pair = corpus.settings.kind == "pairs"
+        flipped = pair and keyed(self.settings.seed, FLIP, source, epoch, number) & 1 == 1
+        return parts_of(
+            corpus.entries[number].pieces,
+            source,
+            number,
+            room=self.settings.context_length,
+            image_tokens=self.settings.image_tokens,
+            max_images=self.settings.max_images_per_row,
+            flipped=flipped,
+        )
+
+    def pack(self, parts: list[Part]) -> list[list[Part]]:
+        """Rows of parts of one source."""
+        return pack(parts, self.settings.context_length, self.settings.max_images_per_row)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The global batch of one optimizer step.
+
+    Attributes:
+        number: of the step, from 0.
+        rows: what every row holds, in the global order.
+        state: position of the stream after this step; what a checkpoint taken after it saves, however
+            far ahead the stream has been read.
+    """
+
+    number: int
+    rows: list[list[Part]]
+    state: dict[str, Any]
+    _make: Callable[[list[list[Part]]], Batch]
+    _cost: Callable[[list[Part]], float]
+
+    def batches(self, rank: int, ranks: int, rows_per_micro_batch: int, count: int) -> list[Batch]:
+        """The micro-batches of one data-parallel rank, in order.
+
+        The rows of the step are the same for any division; they are dealt so that ranks, and the
+        micro-batches of a rank, cost about the same.
+
+        Args:
+            rank, ranks: which of how many data-parallel ranks.
+            rows_per_micro_batch: rows of one batch.
+            count: micro-batches of the rank; ``ranks * rows_per_micro_batch * count`` is the step.
+
+        Raises:
+            ValueError: when the division does not come out even.
+        """
+        if ranks * rows_per_micro_batch * count != len(self.rows) or not 0 <= rank < ranks:
+            raise ValueError(
+                f"rank {rank} of {ranks} with {count} micro-batches of {rows_per_micro_batch} rows does not "
+                f"divide a step of {len(self.rows)} rows"
+            )
+        costs = [self._cost(row) for row in self.rows]
+        own = balance(costs, ranks)[rank]
+        groups = balance([costs[index] for index in own], count)
+        return [self._make([self.rows[own[index]] for index in group]) for group in groups]
+
+
+def balance(costs: list[float], bins: int) -> list[list[int]]:
+    """Deal things into bins of equal count, longest processing time first.
+
+    Args:
+        costs: of each thing; a multiple of ``bins`` of them.
+        bins: how many.
+
+    Returns:
+        Indices of the things in each bin, ascending.
+    """
+    each = len(costs) // bins
+    held: list[list[int]] = [[] for _ in range(bins)]
+    load = [0.0] * bins
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        target = min((b for b in range(bins) if len(held[b]) < each), key=lambda b: (load[b], b))
+        held[target].append(index)
+        load[target] += costs[index]
+    return [sorted(own) for own in held]
+
+
+class Stream:
+    """Training steps from shards.
+
+    Args:
+        settings: see ``DataSettings``.
+        split: ``train``, or ``heldout`` for the documents kept from it.
+        global_rows: rows of a step, all ranks together. May change when a run resumes.
+
+    Raises:
+        DataError: when settings, tokenizer or shards are not usable, or a source has too many bad
+            documents.
+
+    Attributes:
+        tokenizer: the loaded ``tokens.Tokenizer``.
+        corpus: the index of all sources.
+        ledger: bad samples this process has met.
+    """
+
+    def __init__(self, settings: DataSettings, split: str = "train", global_rows: int = 1):
+        check_settings(settings)
+        if split not in SPLITS or global_rows < 1:
+            raise ValueError(f"split {split!r} must be of {SPLITS} and global_rows {global_rows} at least 1")
+        self.settings = settings
+        self.split = split
+        self.global_rows = global_rows
+        self.tokenizer = load_tokenizer(settings.tokenizer)
+        self.ledger = Ledger(settings.failure_limit)
+        self.corpus = open_corpus(settings, self.tokenizer, self.ledger)
+        self.planner = Planner(settings, self.corpus, split)
+        self.producer = Producer(settings, self.corpus, self.tokenizer)
+        self._step = 0
+        self._drawn = [0] * len(settings.sources)  # samples of each source before the window
+        self._row = 0  # rows of the window that are used up
+        self._window: tuple[list[list[Part]], list[int]] | None = None
+
+    def next(self) -> Step:
+        """The next step; planned, not yet decoded. Sources start anew when they end."""
+        rows: list[list[Part]] = []
+        while len(rows) < self.global_rows:
+            if self._window is None:
+                self._window = self.planner.window(self._drawn)
+            planned, after = self._window
+            taken = planned[self._row : self._row + self.global_rows - len(rows)]
+            rows += taken
+            self._row += len(taken)
+            if self._row == len(planned):
+                self._drawn, self._row, self._window = after, 0, None
+        self._step += 1
+        return Step(self._step - 1, rows, self.state(), self._produce, self._cost)
+
+    def state(self) -> dict[str, Any]:
+        """Position after the last step taken, as JSON values (about 1 KB)."""
+        return {
+            "schema": SCHEMA,
+            "manifest": self.corpus.manifest,
+            "tokenizer": self.tokenizer.fingerprint,
+            "settings": self._fixed(),
+            "cursor": {"step": self._step, "drawn": list(self._drawn), "row": self._row},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            ResumeError: when it belongs to other data, another tokenizer or other settings; it names
+                what has changed.
+        """
+        own = self.state()
+        if not isinstance(state, dict) or state.get("schema") != SCHEMA or own.keys() != state.keys():
+            raise ResumeError("data position: not one this version can read")
+        changed = [
+            f"data.{name} was {state['settings'].get(name)!r}, now {value!r}"
+            for name, value in own["settings"].items()
+            if state["settings"].get(name) != value
+        ]
+        if state["tokenizer"] != own["tokenizer"]:
+            changed.append(f"another tokenizer ({self.settings.tokenizer})")
+        if state["manifest"] != own["manifest"]:
+            changed.append("other documents in the shards (manifest)")
+        if changed:
+            raise ResumeError(f"cannot continue at the saved data position: {'; '.join(changed)}")
+        cursor = state["cursor"]
+        self._step, self._drawn, self._row = cursor["step"], list(cursor["drawn"]), cursor["row"]
+        self._window = self.planner.window(self._drawn) if self._row else None
+
+    def validation_batches(
+        self, source: str | int, documents: int, rows_per_micro_batch: int, rank: int = 0, ranks: int = 1
+    ) -> list[Batch]:
+        """Held-out documents of a source, packed; the same ones each time.
+
+        Args:
+            source: its name or number.
+            documents: how many, or as many as there are.
+            rows_per_micro_batch: rows of a batch; the last batch may have fewer.
+            rank, ranks: only every ``ranks``-th batch, from the ``rank``-th on.
+
+        Raises:
+            DataError: when the source is unknown or has no held-out documents.
+        """
+        number = self._source(source)
+        parts = [
+            part
+            for document in self._heldout(number)[:documents]
+            for part in self.planner.parts(number, document, 0)
+        ]
+        rows = self.planner.pack(parts)
+        groups = [rows[at : at + rows_per_micro_batch] for at in range(0, len(rows), rows_per_micro_batch)]
+        return [self._produce(group) for group in groups[rank::ranks]]
+
+    def heldout_documents(self, documents: int, source: str | int = 0) -> list[Document]:
+        """The first held-out documents of a source whose images all decode, with their metadata.
+
+        Raises:
+            DataError: when the source is unknown or has no held-out documents.
+        """
+        number = self._source(source)
+        found: list[Document] = []
+        for index in self._heldout(number):
+            if len(found) == documents:
+                break
+            name = self.settings.sources[number].name
+            try:
+                document = self.producer.document(number, index)
+                for blob in document.images:
+                    decode(blob, self.settings.max_pixels)
+                found.append(document)
+                self.ledger.record({name: 1}, [])
+            except BadSample as bad:
+                entry = self.corpus.sources[number].entries[index]
+                shard = self.corpus.sources[number].shards[entry.shard].name
+                self.ledger.record({name: 1}, [Failure(name, shard, entry.key, bad.reason, bad.detail)])
+        return found
+
+    def row_of(self, document: Document, end: bool = True, source: str | int = 0) -> Batch:
+        """One document as a batch of one row, without padding.
+
+        Args:
+            document: a held-out one, or a user's prompt.
+            end: close it with EOS; a prompt stays open.
+            source: the source whose kind it is taken as (pair or interleaved).
+
+        Raises:
+            DataError: when it does not fit the context length, or an image cannot be decoded.
+        """
+        digest = hashlib.blake2b(document.key.encode(), digest_size=8).digest()
+        sample = int.from_bytes(digest, "little") >> (64 - SAMPLE_BITS)
+        slot = self.producer.slot_of(document, self._source(source), sample, end)
+        if slot.length > self.settings.context_length:
+            raise DataError(
+                f"document {document.key!r}: {slot.length} tokens, more than "
+                f"data.context_length={self.settings.context_length}; shorten it"
+            )
+        batch = self.producer.assemble([[slot]])
+        if slot.failure is not None:
+            raise DataError(f"document {document.key!r}: {slot.failure}")
+        return batch
+
+    def _produce(self, rows: list[list[Part]]) -> Batch:
+        batch, failures, seen = self.producer.produce(rows)
+        self.ledger.record(seen, failures)
+        return batch
+
+    def _cost(self, row: list[Part]) -> float:
+        """Rough work of a row in tokens: every row is as long, so attention and images differ."""
+        images = sum(part.images for part in row)
+        attention = sum(part.length**2 for part in row) / self.settings.context_length
+        return attention + 4.0 * self.settings.image_tokens * images
+
+    def _source(self, source: str | int) -> int:
+        names = [settings.name for settings in self.settings.sources]
+        if source in names:
+            return names.index(source)
+        if isinstance(source, int) and 0 <= source < len(names):
+            return source
+        raise DataError(f"source {source!r}: not one of {', '.join(names)}")
+
+    def _heldout(self, source: int) -> list[int]:
+        """Numbers of a source's held-out documents in a fixed order, the same for any seed."""
+        numbers: np.ndarray = self.corpus.sources[source].heldout
+        if len(numbers) == 0:
+            name = self.settings.sources[source].name
+            raise DataError(f"source {name!r}: no document is held out; raise data.holdout")
+        return [int(numbers[permuted(i, len(numbers), VALIDATION, source)]) for i in range(len(numbers))]
+
+    def _fixed(self) -> dict[str, Any]:
+        """The settings that the position depends on."""
+        names = ("context_length", "image_tokens", "holdout", "window", "max_images_per_row", "seed")
+        sources = [[source.name, source.kind, source.weight] for source in self.settings.sources]
+        return {
+            "sources": sources,
+            "split": self.split,
+            **{name: getattr(self.settings, name) for name in names},
+        }
