@@ -20,12 +20,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from data_pipeline.errors import BadSample, DataError
 
 MAX_JSON_BYTES = 64 << 20
 MAX_IMAGE_BYTES = 512 << 20
+CUT_SHORT = "shard is cut short or broken"
 KEY = re.compile(r"[A-Za-z0-9_\-]+")
 
 
@@ -143,10 +144,10 @@ class ShardWriter:
         if any(self.folder.glob("*.tar")):
             raise DataError(f"{folder}: already holds shards; choose an empty folder or remove them")
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._finish()
         elif self._tar is not None:
@@ -168,7 +169,7 @@ class ShardWriter:
         if count and (count >= self.limits[0] or held + size > self.limits[1]):
             self._finish()
         if self._tar is None:
-            self._tar = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)
+            self._tar = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 closed by _finish
         for name, blob in members:
             info = tarfile.TarInfo(f"{document.key}.{name}")
             info.size = len(blob)
@@ -234,38 +235,36 @@ def scan_shard(path: Path) -> Iterator[tuple[str, list[Member]]]:
         DataError: when it is not a tar file at all.
     """
     size = path.stat().st_size
-    key, members = None, []
-    for name, member in _members(path, size):
-        stem, _, suffix = name.rpartition("/")[2].partition(".")
-        folder = name.rpartition("/")[0]
+    key = ""
+    members: list[Member] = []
+    for name, offset, length, problem in _members(path, size):
+        folder, _, base = name.rpartition("/")
+        stem, _, suffix = base.partition(".")
         own = f"{folder}/{stem}" if folder else stem
         if own != key and members:
             yield key, members
             members = []
         key = own
-        members.append(Member(suffix, *member))
+        members.append(Member(suffix, offset, length, problem))
     if members:
         yield key, members
 
 
-def _members(path: Path, total: int) -> Iterator[tuple[str, tuple[int, int, str]]]:
+def _members(path: Path, total: int) -> Iterator[tuple[str, int, int, str]]:
     """Name, offset, size and problem of every member but folders; the end of the shard checked."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             try:
                 for info in tar:
-                    tar.members = []
                     if not info.isdir():
-                        yield (
-                            _clean(info.name),
-                            (info.offset_data, info.size, _problem(info, total)),
-                        )
-                end = os.pread(tar.fileobj.fileno(), 512, tar.offset)
-                broken = end != bytes(512)
+                        yield _clean(info.name), info.offset_data, info.size, _problem(info, total)
+                # tarfile takes a broken header in the middle for the end; a whole one ends in zeros.
+                file.seek(tar.offset)
+                broken = file.read(512) != bytes(512)
             except (tarfile.TarError, OverflowError, ValueError):
                 broken = True
             if broken:
-                yield "", (0, 0, "shard is cut short or broken")
+                yield "", 0, 0, CUT_SHORT
     except (tarfile.TarError, EOFError, OSError, OverflowError, ValueError) as error:
         raise DataError(f"{path}: not a tar file ({error}); write it again or remove it") from None
 
@@ -283,7 +282,7 @@ def _problem(info: tarfile.TarInfo, total: int) -> str:
     if not info.isreg() or info.issparse():
         return "member is not a plain file"
     if info.offset_data + info.size > total:
-        return "shard is cut short or broken"
+        return CUT_SHORT
     if info.size > (MAX_JSON_BYTES if name.endswith(".json") else MAX_IMAGE_BYTES):
         return "member is too large"
     return ""

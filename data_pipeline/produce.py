@@ -208,7 +208,9 @@ class Producer:
 
 def _documents(slots: list[Slot]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """cu_seqlens, source and sample ids; neighbouring padding and masked slots count as one."""
-    lengths, sources, samples = [], [], []
+    lengths: list[int] = []
+    sources: list[int] = []
+    samples: list[int] = []
     for slot in slots:
         masked = slot.failure is not None or slot.source == PADDING
         if masked and sources and sources[-1] == PADDING:

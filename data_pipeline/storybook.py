@@ -17,6 +17,7 @@ import io
 import random
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -87,11 +88,11 @@ def story(seed: int, index: int, size: int = 32) -> Document:
     choose = random.Random(f"storybook {seed} {index}")
     kind, colour = choose.choice(KINDS), choose.choice(list(COLOURS))
     content: list[str | bytes] = []
-    pages: list[dict[str, str | int]] = []
+    pages: list[dict[str, Any]] = []
     position = ""
     for number in range(choose.randint(3, 5)):
         position = choose.choice([place for place in POSITIONS if place != position])
-        page = {
+        page: dict[str, Any] = {
             "kind": kind,
             "colour": colour,
             "position": position,

@@ -34,7 +34,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.encode_special_tokens = True
         pad = PAD if backend.token_to_id(PAD) is not None else UNKNOWN
-        ids = [backend.token_to_id(token) for token in (BOS, EOS, pad, BOI, IMAGE)]
+        ids = [_id_of(backend, token) for token in (BOS, EOS, pad, BOI, IMAGE)]
         self.special = SpecialTokens(*ids)
         self.size = backend.get_vocab_size(with_added_tokens=True)
         self.fingerprint = hashlib.blake2b(backend.to_str().encode(), digest_size=8).hexdigest()
@@ -56,6 +56,13 @@ class Tokenizer:
         self._backend.save(str(path))
 
 
+def _id_of(backend: Backend, token: str) -> int:
+    found = backend.token_to_id(token)
+    if found is None:
+        raise DataError(f"tokenizer: no {token!r} in it")
+    return found
+
+
 def load_tokenizer(path: Path | str) -> Tokenizer:
     """Load a ``tokenizer.json``, or the one in a folder.
 
@@ -73,7 +80,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise DataError(f"tokenizer {str(file)!r}: no such file; train one with `mmi data tokenizer`")
     try:
         backend = Backend.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception for every kind of bad file
+    except Exception as error:  # noqa: BLE001 tokenizers raises the bare class for every bad file
         raise DataError(f"tokenizer {str(file)!r}: not a tokenizer.json ({error})") from None
     for token in (BOS, EOS):
         if backend.token_to_id(token) is None:
