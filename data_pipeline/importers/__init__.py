@@ -1,0 +1,1 @@
+"""Corpora as they are published, to shards: one module a format."""

@@ -1,0 +1,163 @@
+"""``mmi data``: corpora to shards, and the tokenizer."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.errors import BadSample, DataError
+from data_pipeline.formats import Summary, find_shards, parse_content, read_range, scan_shard
+from data_pipeline.importers.html import import_html
+from data_pipeline.importers.mmc4 import Filters, import_mmc4
+from data_pipeline.importers.obelics import import_obelics
+from data_pipeline.importers.pairs import import_pairs
+from data_pipeline.storybook import write_stories
+from data_pipeline.tokens import train_tokenizer
+
+app = typer.Typer(help="Documents to training data.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+Folder = Annotated[Path, typer.Argument(help="Folder to import.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="Folder of shards to write; must hold none yet.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+P = ParamSpec("P")
+
+
+def reported(command: Callable[P, Summary]) -> Callable[P, None]:
+    """Print a command's summary; an error the user can mend is one line and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            summary = command(*args, **kwargs)
+        except (DataError, OSError) as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from None
+        if kwargs["as_json"]:
+            typer.echo(json.dumps(summary.as_dict(), ensure_ascii=False))
+        else:
+            show(summary)
+
+    return run
+
+
+def show(summary: Summary) -> None:
+    """Print a summary as a table."""
+    table = Table("kept", "number")
+    table.add_row("documents", f"{summary.documents:,}")
+    table.add_row("images", f"{summary.images:,}")
+    console = Console()
+    console.print(table)
+    if summary.dropped:
+        dropped = Table("dropped, by reason", "number")
+        for reason, count in sorted(summary.dropped.items(), key=lambda item: (-item[1], item[0])):
+            dropped.add_row(reason, f"{count:,}")
+        console.print(dropped)
+
+
+@app.command("import-html")
+@reported
+def html(folder: Folder, out: Out, as_json: Json = False) -> Summary:
+    """Import web pages on disk: text and images in order, without navigation and icons."""
+    return import_html(folder, out)
+
+
+@app.command("import-mmc4")
+@reported
+def mmc4(
+    folder: Folder,
+    out: Out,
+    similarity: Annotated[float, typer.Option(help="Least CLIP similarity of an image.")] = 0.24,
+    max_images: Annotated[int, typer.Option(min=1, help="Images of a document at most.")] = 6,
+    drop_single: Annotated[float, typer.Option(help="Share of one-image documents to drop.")] = 0.5,
+    as_json: Json = False,
+) -> Summary:
+    """Import MMC4 with the paper's filters."""
+    return import_mmc4(folder, out, Filters(similarity, max_images, drop_single))
+
+
+@app.command("import-obelics")
+@reported
+def obelics(folder: Folder, out: Out, as_json: Json = False) -> Summary:
+    """Import OBELICS from JSON lines or Parquet."""
+    return import_obelics(folder, out)
+
+
+@app.command("import-pairs")
+@reported
+def pairs(
+    folder: Folder,
+    out: Out,
+    min_tokens: Annotated[int, typer.Option(min=0, help="Drop captions of fewer tokens.")] = 0,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json to count with.")] = None,
+    as_json: Json = False,
+) -> Summary:
+    """Import image-text pairs in img2dataset's layout."""
+    return import_pairs(folder, out, min_tokens, tokenizer)
+
+
+@app.command("storybook")
+@reported
+def storybook(
+    out: Out,
+    stories: Annotated[int, typer.Option(help="How many.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Other stories for another seed.")] = 0,
+    size: Annotated[int, typer.Option(help="Pixels a side of a picture.")] = 32,
+    as_json: Json = False,
+) -> Summary:
+    """Make small illustrated stories with known truth."""
+    return write_stories(out, stories, seed, size)
+
+
+@app.command("tokenizer")
+@reported
+def tokenizer(
+    shards: Annotated[
+        list[Path], typer.Argument(help="Folders of shards to learn from.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="tokenizer.json to write.", show_default=False)],
+    vocab: Annotated[int, typer.Option(help="Ids in all.")] = 32000,
+    as_json: Json = False,
+) -> Summary:
+    """Train a byte-level BPE tokenizer on the text of shards."""
+    return fit_tokenizer(shards, out, vocab)
+
+
+def fit_tokenizer(shards: list[Path], out: Path, vocabulary: int) -> Summary:
+    """Train a tokenizer on the documents of shards and write it.
+
+    Returns:
+        The documents and images seen, and the documents left out by reason.
+
+    Raises:
+        DataError: when there are no shards, or no text in them.
+    """
+    summary = Summary()
+
+    def texts():
+        for shard in [shard for folder in shards for shard in find_shards(str(folder), folder.name)]:
+            for _, members in scan_shard(shard):
+                head = next((member for member in members if member.name == "json"), None)
+                try:
+                    if head is None or head.problem:
+                        raise BadSample(head.problem if head else members[0].problem or "no json")
+                    pieces, _ = parse_content(read_range(shard, head.offset, head.size))
+                except BadSample as bad:
+                    summary.dropped[bad.reason] += 1
+                    continue
+                summary.documents += 1
+                summary.images += sum(kind == "image" for kind, _ in pieces)
+                yield from (text for kind, text in pieces if kind == "text")
+
+    trained = train_tokenizer(texts(), vocabulary)
+    if summary.documents == 0:
+        raise DataError(f"{shards[0]}: no usable document to learn from")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    trained.save(out)
+    return summary
