@@ -41,6 +41,10 @@ class Ledger:
     seen: Counter = field(default_factory=Counter)
     _known: set = field(default_factory=set, repr=False)
 
+    def __len__(self) -> int:
+        """Bad samples, each once."""
+        return len(self.lines)
+
     def record(self, seen: Counter | dict[str, int], failures: list[Failure]) -> None:
         """Add samples looked at and the bad ones among them.
 

@@ -46,12 +46,20 @@ class Planner:
         self.settings = settings
         self.corpus = corpus
         self.weights = whole_weights(settings)
+        self.split = split
         self.numbers = [source.train if split == "train" else source.heldout for source in corpus.sources]
-        for source, numbers in zip(corpus.sources, self.numbers, strict=True):
+
+    def check(self) -> None:
+        """Check that every source has documents in the split.
+
+        Raises:
+            DataError: naming the first that has none.
+        """
+        for source, numbers in zip(self.corpus.sources, self.numbers, strict=True):
             if len(numbers) == 0:
                 raise DataError(
                     f"source {source.settings.name!r}: none of its {len(source.entries)} documents is in the "
-                    f"{split} split; change data.holdout={settings.holdout} or add documents"
+                    f"{self.split} split; change data.holdout={self.settings.holdout} or add documents"
                 )
 
     def window(self, drawn: list[int]) -> tuple[list[list[Part]], list[int]]:
@@ -62,7 +70,11 @@ class Planner:
 
         Returns:
             Its rows, in the order they are trained; and ``drawn`` after it.
+
+        Raises:
+            DataError: when a source has no document in the split.
         """
+        self.check()
         after = list(drawn)
         parts: list[list[Part]] = [[] for _ in after]
         for _ in range(self.settings.window):
@@ -191,6 +203,8 @@ class Stream:
         self.ledger = Ledger(settings.failure_limit)
         self.corpus = open_corpus(settings, self.tokenizer, self.ledger)
         self.planner = Planner(settings, self.corpus, split)
+        if split == "train":
+            self.planner.check()
         self.producer = Producer(settings, self.corpus, self.tokenizer)
         self._step = 0
         self._drawn = [0] * len(settings.sources)  # samples of each source before the window
@@ -295,28 +309,33 @@ class Stream:
                 self.ledger.record({name: 1}, [Failure(name, shard, entry.key, bad.reason, bad.detail)])
         return found
 
-    def row_of(self, document: Document, end: bool = True, source: str | int = 0) -> Batch:
-        """One document as a batch of one row, without padding.
+    def row_of(self, documents: Document | list[Document], end: bool = True, source: str | int = 0) -> Batch:
+        """Given documents as a batch, each a row of its own without padding.
 
         Args:
-            document: a held-out one, or a user's prompt.
-            end: close it with EOS; a prompt stays open.
-            source: the source whose kind it is taken as (pair or interleaved).
+            documents: held-out ones, or a user's prompt.
+            end: close them with EOS; a prompt stays open.
+            source: the source whose kind they are taken as (pair or interleaved).
 
         Raises:
-            DataError: when it does not fit the context length, or an image cannot be decoded.
+            DataError: when one does not fit the context length, or an image cannot be decoded.
         """
-        digest = hashlib.blake2b(document.key.encode(), digest_size=8).digest()
-        sample = int.from_bytes(digest, "little") >> (64 - SAMPLE_BITS)
-        slot = self.producer.slot_of(document, self._source(source), sample, end)
-        if slot.length > self.settings.context_length:
-            raise DataError(
-                f"document {document.key!r}: {slot.length} tokens, more than "
-                f"data.context_length={self.settings.context_length}; shorten it"
-            )
-        batch = self.producer.assemble([[slot]])
-        if slot.failure is not None:
-            raise DataError(f"document {document.key!r}: {slot.failure}")
+        given = [documents] if isinstance(documents, Document) else documents
+        rows = []
+        for document in given:
+            digest = hashlib.blake2b(document.key.encode(), digest_size=8).digest()
+            sample = int.from_bytes(digest, "little") >> (64 - SAMPLE_BITS)
+            slot = self.producer.slot_of(document, self._source(source), sample, end)
+            if slot.length > self.settings.context_length:
+                raise DataError(
+                    f"document {document.key!r}: {slot.length} tokens, more than "
+                    f"data.context_length={self.settings.context_length}; shorten it"
+                )
+            rows.append([slot])
+        batch = self.producer.assemble(rows)
+        for document, (slot,) in zip(given, rows, strict=True):
+            if slot.failure is not None:
+                raise DataError(f"document {document.key!r}: {slot.failure}")
         return batch
 
     def _produce(self, rows: list[list[Part]]) -> Batch:
