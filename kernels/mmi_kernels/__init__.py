@@ -1,5 +1,15 @@
-"""Deformable-attention operators for MM-Interleaved."""
+"""Deformable-attention operators for MM-Interleaved.
 
-from mmi_kernels.ops import mmfs_attention, ms_deform_attn
+Importing loads the compiled operators if they have been built (``python -m mmi_kernels.build``);
+otherwise a PyTorch reference runs, with one warning. ``status()`` says which.
+"""
 
-__all__ = ["mmfs_attention", "ms_deform_attn"]
+from mmi_kernels import autograd, library
+from mmi_kernels.library import status
+
+if library.load():
+    autograd.register()
+
+from mmi_kernels.ops import mmfs_attention, ms_deform_attn  # noqa: E402
+
+__all__ = ["mmfs_attention", "ms_deform_attn", "status"]

@@ -23,7 +23,8 @@ def sample_levels(value: Tensor, spatial_shapes, locations: Tensor) -> Tensor:
         [N, H, D, Q, L, P].
     """
     batch, _, heads, channels = value.shape
-    grid = 2 * locations - 1
+    # From -0.5 and 1.5 on, a sample lies outside any map; NaN is sent there too.
+    grid = 2 * locations.nan_to_num(nan=-1.0).clamp(-1, 2) - 1
     samples, start = [], 0
     for level, (height, width) in enumerate(spatial_shapes):
         stop = start + height * width
@@ -34,11 +35,14 @@ def sample_levels(value: Tensor, spatial_shapes, locations: Tensor) -> Tensor:
     return torch.stack(samples, -2).unflatten(0, (batch, heads))
 
 
-def ms_deform_attn(value: Tensor, spatial_shapes, sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
+def ms_deform_attn(
+    value: Tensor, spatial_shapes, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
     """See ``mmi_kernels.ms_deform_attn``."""
-    samples = sample_levels(value, spatial_shapes, sampling_locations)
-    weights = attention_weights.transpose(1, 2).unsqueeze(2).to(samples.dtype)
-    return (samples * weights).flatten(-2).sum(-1).permute(0, 3, 1, 2).flatten(2)
+    exact = torch.promote_types(value.dtype, torch.float32)
+    samples = sample_levels(value.to(exact), spatial_shapes, sampling_locations.to(exact))
+    weights = attention_weights.to(exact).transpose(1, 2).unsqueeze(2)
+    return (samples * weights).flatten(-2).sum(-1).permute(0, 3, 1, 2).flatten(2).to(value.dtype)
 
 
 def visible_pairs(visible: Tensor, queries: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,14 +83,19 @@ def mmfs_attention(
 ) -> Tensor:
     """See ``mmi_kernels.mmfs_attention``."""
     queries, heads, points, _ = offsets.shape
-    levels, channels = logits.shape[2], value.shape[-1]
+    images, levels, channels = value.shape[0], logits.shape[2], value.shape[-1]
+    beyond = (visible[:, 0] < visible[:, 1]) & ((visible[:, 0] < 0) | (visible[:, 1] > images))
+    if beyond.any():
+        group = int(beyond.nonzero()[0, 0])
+        first, last = visible[group].tolist()
+        raise RuntimeError(f"visible: group {group} sees images {first} to {last}, but value holds {images}")
     exact = torch.promote_types(value.dtype, torch.float32)
     query, image, rel = visible_pairs(visible, queries, table_offsets.shape[0])
 
-    shift = (offsets[query] + table_offsets[rel]).to(exact) / base
+    shift = (offsets.to(exact)[query] + table_offsets.to(exact)[rel]) / base
     centre = reference_points.to(exact).expand(queries, 2)[query]
     location = centre[:, None, None] + shift  # [pairs, H, P, 2]
-    logit = (logits[query] + table_logits[rel]).to(exact)  # [pairs, H, L, P]
+    logit = logits.to(exact)[query] + table_logits.to(exact)[rel]  # [pairs, H, L, P]
 
     # Softmax over all pairs of a query, per head, with the sink's logit of 0 where there is one.
     at = query[:, None].expand(-1, heads)
@@ -104,11 +113,12 @@ def mmfs_attention(
     # Queries of one image are sampled together: pairs are sorted by image and padded to the
     # longest list, so that one grid_sample a level serves all images.
     order = torch.argsort(image, stable=True)
-    images, width = value.shape[0], int(torch.bincount(image, minlength=1).max()) if len(image) else 0
+    # (With nothing visible, one idle slot keeps the value's gradient: zeros, not None.)
     out = torch.zeros(queries, heads, channels, dtype=exact, device=value.device)
-    if width and images:
+    if images:
         by_image = image[order]
         counts = torch.bincount(by_image, minlength=images)
+        width = max(int(counts.max()), 1)
         slot = torch.arange(len(order), device=value.device) - (counts.cumsum(0) - counts)[by_image]
         flat = by_image * width + slot
         grid = torch.zeros(images * width, heads, points, 2, dtype=exact, device=value.device)
