@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmi_megatron.config import LanguageConfig
 from mmi_megatron.model.attention import cached_attention, packed_attention, rotary_angles, rotate
-from mmi_megatron.model.mmfs import MMFS
+from mmi_megatron.model.mmfs import MMFS, select_levels
 
 INIT_STD = 0.02
 IMAGE_TOKEN_BIAS = -5.0
@@ -143,6 +143,23 @@ class DecoderLayer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
+class LevelSelect:
+    """The levels of the pyramid that the language model looks at, taken once for all its layers.
+
+    ``inner`` is the configuration and the shapes as the layers see them, levels counted anew.
+    """
+
+    def __init__(self, config: LanguageConfig, shapes: tuple[tuple[int, int], ...]):
+        self.shapes, self.levels = shapes, list(config.mmfs.levels)
+        self.inner = config, shapes
+        if config.mmfs.kind != "none" and shapes:
+            mmfs = replace(config.mmfs, levels=list(range(len(self.levels))))
+            self.inner = replace(config, mmfs=mmfs), tuple(shapes[level] for level in self.levels)
+
+    def __call__(self, maps: Tensor | None) -> Tensor | None:
+        return maps if self.inner[1] is self.shapes else select_levels(maps, self.shapes, self.levels)
+
+
 def padded_vocabulary(config: LanguageConfig) -> int:
     """Rows of the vocabulary tables, the same at any layout."""
     multiple = config.vocabulary_multiple
@@ -173,7 +190,10 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: LanguageConfig, maps_width: int, shapes, boi: int, image: int):
         super().__init__()
-        self.config, self.boi, self.image = config, boi, image
+        self.boi, self.image = boi, image
+        self.select = LevelSelect(config, shapes)
+        config, shapes = self.select.inner
+        self.config = config
         rows = padded_vocabulary(config)
         self.embed_tokens = nn.Embedding(rows, config.width)
         self.layers = nn.ModuleList(
@@ -216,6 +236,7 @@ class LanguageModel(nn.Module):
             sees.position, self.config.width // self.config.heads, self.config.rope_theta
         )
         hidden = embeddings
+        maps = self.select(maps)
         for layer in self.layers:
             hidden = layer(hidden, angles, sees, maps, cache)
         return self.norm(hidden)

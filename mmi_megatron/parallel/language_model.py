@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from data_pipeline.batch import IGNORED
 from mmi_megatron.config import LanguageConfig
 from mmi_megatron.model.attention import rotary_angles
-from mmi_megatron.model.language_model import ImageTokens, Visibility, padded_vocabulary
+from mmi_megatron.model.language_model import ImageTokens, LevelSelect, Visibility, padded_vocabulary
 from mmi_megatron.parallel.spec import Documents, block_spec
 
 
@@ -43,8 +43,10 @@ class ShardedLanguageModel(MegatronModule):
         image: int,
     ):
         super().__init__(config=config)
-        self.language, self.boi, self.image = language, boi, image
-        self.maps_width, self.shapes = maps_width, shapes
+        self.boi, self.image = boi, image
+        self.select = LevelSelect(language, shapes)
+        language, shapes = self.select.inner
+        self.language, self.maps_width, self.shapes = language, maps_width, shapes
         rows = padded_vocabulary(language)
         self.embedding = VocabParallelEmbedding(
             rows, language.width, init_method=nn.init.zeros_, config=config
@@ -81,7 +83,7 @@ class ShardedLanguageModel(MegatronModule):
         hidden = self.decoder(
             hidden,
             attention_mask=None,
-            context=maps.flatten(0, 1).unsqueeze(1),
+            context=self.select(maps).flatten(0, 1).unsqueeze(1),
             context_mask=sees.visible,
             rotary_pos_emb=angles[:, None, None],
             packed_seq_params=Documents(sees.bounds),

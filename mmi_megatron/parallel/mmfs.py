@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from mmi_kernels import mmfs_attention
 from mmi_megatron.config import MMFSConfig
-from mmi_megatron.model.mmfs import select_levels
 from mmi_megatron.parallel.norm import RMSNorm
 
 
@@ -49,8 +48,7 @@ class ShardedMMFS(MegatronModule):
         width, heads = config.hidden_size, mmfs.heads // tensor
         self.heads, self.mmfs = heads, mmfs
         self.shapes = shapes
-        self.sampled = tuple(shapes[level] for level in mmfs.levels)
-        self.base = mmfs.base or shapes[mmfs.levels[0]][0]
+        self.base = mmfs.base or shapes[0][0]
         self.rows = mmfs.table_rows
         levels, points = len(mmfs.levels), mmfs.points
 
@@ -79,7 +77,7 @@ class ShardedMMFS(MegatronModule):
     def forward(self, hidden: Tensor, attention_mask: Tensor, key_value_states: Tensor, **_):
         """Output of MMFS [T, 1, width] and its bias, as Megatron's sublayers return them."""
         visible, positions = attention_mask, sum(h * w for h, w in self.shapes)
-        maps = select_levels(key_value_states.view(-1, positions, key_value_states.shape[-1]), self.shapes, self.mmfs.levels)
+        maps = key_value_states.view(-1, positions, key_value_states.shape[-1])
         query, _ = self.query_proj(hidden)
         projected = self._project(torch.cat([query[:, 0], self.table]))
         mine, table = projected.split([query.shape[0], self.rows])
@@ -90,11 +88,11 @@ class ShardedMMFS(MegatronModule):
         levels = (len(self.mmfs.levels), self.mmfs.points)
         out = mmfs_attention(
             value.unflatten(-1, (self.heads, -1)),
-            self.sampled,
+            self.shapes,
             (offsets + self.offsets_bias.view(self.heads, -1)).unflatten(-1, points),
             (logits + self.logits_bias.view(self.heads, -1)).unflatten(-1, levels),
-            table_offsets[: self._reach].unflatten(-1, points),
-            table_logits[: self._reach].unflatten(-1, levels),
+            table_offsets.unflatten(-1, points),
+            table_logits.unflatten(-1, levels),
             hidden.new_full((1, 2), 0.5, dtype=torch.float32),
             visible,
             base=self.base,
@@ -102,12 +100,6 @@ class ShardedMMFS(MegatronModule):
             sink=self.mmfs.sink,
         )
         return self.output_proj(out.flatten(1).unsqueeze(1))
-
-    @property
-    def _reach(self) -> int:
-        """Rows of the table in use: images further back than ``max_images`` are not visible."""
-        limit = self.mmfs.max_images
-        return self.rows if limit is None else min(self.rows, limit + 1)
 
     def _project(self, query: Tensor) -> Tensor:
         """Offsets and logits of this rank's heads, [n, heads, points * 2 + levels * points], from
