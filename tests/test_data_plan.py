@@ -1,0 +1,171 @@
+"""Order, mixing, splitting, packing and balancing: exact properties, over random cases."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import SettingsError
+from data_pipeline.index import IMAGE
+from data_pipeline.mix import next_source
+from data_pipeline.pack import pack
+from data_pipeline.plan import Part, keyed, parts_of, permuted, split_document
+from data_pipeline.settings import DataSettings, SourceSettings, check_settings, whole_weights
+from data_pipeline.stream import balance
+
+
+@given(st.integers(1, 400), st.integers(-5, 5), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_permutation_meets_each_once_and_depends_on_its_key(count, seed, epoch):
+    order = [permuted(i, count, seed, epoch) for i in range(count)]
+    assert sorted(order) == list(range(count))
+    if count > 20:
+        assert order != [permuted(i, count, seed, epoch + 1) for i in range(count)]
+
+
+def test_permutation_is_uniform_and_cheap_far_out():
+    starts = Counter(permuted(0, 10, seed) for seed in range(2000))
+    assert len(starts) == 10
+    assert max(starts.values()) < 300
+    assert 0 <= permuted(10**11, 10**11 + 7, 3) < 10**11 + 7
+    assert keyed(1, 2) != keyed(2, 1)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9))
+@settings(max_examples=60, deadline=None)
+def test_mixing_is_within_one_sample_at_every_prefix(weights):
+    drawn = [0] * len(weights)
+    for n in range(1, 400):
+        drawn[next_source(drawn, weights)] += 1
+        for count, weight in zip(drawn, weights, strict=True):
+            assert abs(count * sum(weights) - n * weight) < sum(weights)
+
+
+def test_mixing_is_exact_where_taking_the_largest_deficit_is_not():
+    weights = [30, 30, 30, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    drawn = [0] * len(weights)
+    for _ in range(10 * sum(weights)):
+        drawn[next_source(drawn, weights)] += 1
+    assert drawn == [10 * weight for weight in weights]
+
+
+def test_weights_are_exact_fractions():
+    sources = [SourceSettings("a", "x", 0.1), SourceSettings("b", "x", 0.25), SourceSettings("c", "x", 2.0)]
+    assert whole_weights(DataSettings(sources=sources)) == [2, 5, 40]
+
+
+PIECES = st.lists(st.just(IMAGE) | st.integers(0, 60), min_size=1, max_size=30)
+
+
+@given(PIECES, st.integers(8, 40), st.integers(1, 5), st.none() | st.integers(1, 4))
+@settings(max_examples=300, deadline=None)
+def test_parts_hold_the_whole_document_once_in_order(pieces, room, image_tokens, max_images):
+    parts = parts_of(pieces, 0, 0, room=room, image_tokens=image_tokens, max_images=max_images)
+    at = {}
+    order = []
+    for number, part in enumerate(parts):
+        assert part.last == (number == len(parts) - 1)
+        assert part.length <= room
+        assert part.images <= (max_images or 99)
+        assert part.first_image == sum(p.images for p in parts[:number])
+        length = 1 + part.last
+        for segment in part.segments:
+            assert segment.start == at.get(segment.piece, 0) < segment.stop
+            at[segment.piece] = segment.stop
+            order.append(segment.piece)
+            length += segment.stop - segment.start
+            if pieces[segment.piece] == IMAGE:
+                assert (segment.start, segment.stop) == (0, image_tokens + 1)
+        assert part.length == length
+        assert part.segments or len(parts) == 1
+    assert order == sorted(order)
+    assert at == {i: image_tokens + 1 if n == IMAGE else n for i, n in enumerate(pieces) if n}
+
+
+def test_text_is_cut_only_when_it_is_longer_than_a_row():
+    parts = split_document([5, 5, IMAGE, 5], room=12, image_tokens=3, max_images=None)
+    assert [[segment.piece for segment in part] for part in parts] == [[0, 1], [2, 3]]
+    long = split_document([25], room=12, image_tokens=3, max_images=None)
+    assert [(s.start, s.stop) for part in long for s in part] == [(0, 11), (11, 22), (22, 25)]
+
+
+def test_the_last_part_always_has_room_for_its_end():
+    parts = parts_of([4, 7], 0, 0, room=12, image_tokens=3, max_images=None)
+    assert [part.length for part in parts] == [5, 9]
+    parts = parts_of([11], 0, 0, room=12, image_tokens=3, max_images=None)
+    assert [part.length for part in parts] == [6, 8]
+
+
+def part(length: int, images: int = 0) -> Part:
+    return Part(0, 0, False, (), 0, images, length, True)
+
+
+@given(st.lists(st.tuples(st.integers(2, 50), st.integers(0, 4)), max_size=60), st.none() | st.integers(4, 8))
+@settings(max_examples=200, deadline=None)
+def test_packing_loses_nothing_and_keeps_the_limits(sizes, max_images):
+    parts = [part(*size) for size in sizes]
+    rows = pack(parts, 50, max_images)
+    assert Counter(id(p) for row in rows for p in row) == Counter(id(p) for p in parts)
+    for row in rows:
+        assert sum(p.length for p in row) <= 50
+        assert sum(p.images for p in row) <= (max_images or 10**6)
+    if max_images is None and rows:
+        assert sum(sum(p.length for p in row) <= 25 for row in rows) <= 1
+
+
+def test_packing_fills_rows_at_lengths_like_mmc4():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(6.6, 0.7, 4096), 40, 2048).astype(int)
+    fills = []
+    for at in range(0, 4096, 1024):
+        rows = pack([part(int(n)) for n in lengths[at : at + 1024]], 2048)
+        fills.append(sum(p.length for row in rows for p in row) / (2048 * len(rows)))
+    assert np.mean(fills) > 0.98
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+def test_balancing_deals_equal_counts_of_all(bins, each, random):
+    costs = [random.random() for _ in range(bins * each)]
+    dealt = balance(costs, bins)
+    assert [len(own) for own in dealt] == [each] * bins
+    assert sorted(i for own in dealt for i in own) == list(range(bins * each))
+
+
+def test_balancing_evens_out_costs():
+    costs = np.random.default_rng(0).lognormal(0, 0.4, 64 * 8).tolist()
+    load = [sum(costs[i] for i in own) for own in balance(costs, 64)]
+    in_order = np.array(costs).reshape(64, 8).sum(1)
+    assert max(load) / np.mean(load) < 1.05 < in_order.max() / in_order.mean()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"sources": []}, "data.sources"),
+        ({"sources": [SourceSettings("a", "x"), SourceSettings("a", "y")]}, "name"),
+        ({"sources": [SourceSettings("a", "x", 0.0)]}, "weight"),
+        ({"sources": [SourceSettings("a", "x", float("nan"))]}, "weight"),
+        ({"sources": [SourceSettings("a", "x", 1.0, "pair")]}, "interleaved, pairs"),
+        ({"context_length": 66}, "context_length"),
+        ({"image_size": 0}, "image_size"),
+        ({"holdout": 1.0}, "holdout"),
+        ({"max_images_per_row": 0}, "max_images_per_row"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_named(change, named):
+    with pytest.raises(SettingsError, match=named):
+        check_settings(DataSettings(**{"sources": [SourceSettings("a", "x")], **change}))
+
+
+def test_settings_fit_a_structured_configuration():
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.structured(DataSettings)
+    tree = OmegaConf.merge(
+        tree, {"sources": [{"name": "a", "path": "x", "weight": 2}], "context_length": 128}
+    )
+    made = OmegaConf.to_object(tree)
+    assert made == DataSettings(sources=[SourceSettings("a", "x", 2.0)], context_length=128)
