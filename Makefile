@@ -1,0 +1,45 @@
+# make quickstart   set up, train, resume and write an illustrated page on this machine
+# make test         set up and run the tests
+# make check        formatting, lint and types
+# make clean        remove the environment and everything built
+#
+# PYTHON=...        the Python to use, 3.11 or 3.12 (default: the first that is found)
+# TORCH_INDEX=...   a package index to take torch from
+# JOBS=...          tests that run at once (default: the cores, at most 4)
+
+FITS = import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+BIN = .venv/bin
+export TORCH_INDEX
+
+.PHONY: quickstart test check clean setup setup-dev kernels python
+
+quickstart: setup kernels
+	$(BIN)/mmi quickstart
+
+test: setup-dev kernels
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+check: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+setup: python
+	@$(PYTHON) bootstrap.py
+
+setup-dev: python
+	@$(PYTHON) bootstrap.py dev
+
+kernels:
+	@$(BIN)/python -m mmi_kernels.build >/dev/null || \
+		echo "The compiled kernels could not be built; the slower reference is used (mmi doctor says why)."
+
+python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and neither is on the PATH: make PYTHON=/path/to/python3.11"; exit 1; }
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis kernels/mmi_kernels/_lib
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

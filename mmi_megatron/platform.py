@@ -1,0 +1,306 @@
+"""Which device we are on: CUDA with NCCL, or else CPUs with gloo.
+
+The only file that knows that CUDA may be absent. Megatron-Core is written for CUDA; on a CPU
+``prepare_megatron`` lets stand-ins answer in its place. They change what ``torch.cuda`` means for
+the whole process, so they refuse to load where CUDA is present.
+
+Two things are set up, both idempotent:
+
+* ``prepare()``, by importing ``mmi_megatron``: torchvision can be imported beside a CPU build of
+  torch. Costs nothing, imports nothing.
+* ``prepare_megatron()``, by importing ``mmi_megatron.parallel``: Megatron-Core runs on this device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.abc
+import importlib.util
+import logging
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+PRECISIONS = ("fp32", "bf16")
+
+
+# The device
+
+
+def has_gpu() -> bool:
+    """Whether a CUDA device can be used by this process."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: its own GPU, or the CPU."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
+
+
+def device_name() -> str:
+    """The device in words, for tables and logs."""
+    import torch
+
+    if not has_gpu():
+        return f"CPU, {usable_cores()} cores"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+
+
+def backend() -> str:
+    """The communication library of this device: ``nccl`` or ``gloo``."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def torch_build() -> str:
+    """What this build of torch can run on: ``CUDA 13.0`` or ``CPU only``."""
+    import torch
+
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+
+
+def default_ranks() -> int:
+    """Ranks a machine carries when a layout leaves it open: one a GPU, or one."""
+    import torch
+
+    return torch.cuda.device_count() if has_gpu() else 1
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """Dtype of the parameters at ``train.precision``.
+
+    Raises:
+        ValueError: for a precision other than ``fp32`` and ``bf16``.
+    """
+    import torch
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"train.precision: must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def usable_cores() -> int:
+    """CPU cores this process may run on, which a batch system can make fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(threads: int = 0, local_ranks: int = 1) -> int:
+    """Set torch's threads in this process.
+
+    Args:
+        threads: how many; 0 divides the usable cores among the ranks of this machine.
+        local_ranks: ranks on this machine.
+
+    Returns:
+        The number set.
+    """
+    import torch
+
+    chosen = threads or max(1, usable_cores() // local_ranks)
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+def init_process_group(timeout: int) -> None:
+    """Join the world described by torchrun's environment variables.
+
+    Args:
+        timeout: seconds after which a collective that waits for a lost rank fails.
+    """
+    import torch
+    import torch.distributed as dist
+
+    limit = datetime.timedelta(seconds=timeout)
+    if has_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl", timeout=limit, device_id=device())
+        return
+    # gloo looks up this machine's name; where that leads nowhere, ranks of one machine still meet.
+    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost"):
+        loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+        if loopback:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+    dist.init_process_group("gloo", timeout=limit)
+
+
+# torchvision beside a CPU build of torch
+
+
+class _TorchvisionCure(importlib.abc.MetaPathFinder):
+    """Declares torchvision's operators just before torchvision is imported for the first time."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            _declare_torchvision_operators()
+
+
+_torchvision_library: Any = None
+
+
+def _declare_torchvision_operators() -> None:
+    """Declare ``nms`` where torchvision's extension cannot: its wheel is built for a CUDA torch, and
+    beside a CPU one the import of timm, transformers and torchmetrics fails for want of a schema.
+    Nothing here calls the operator."""
+    global _torchvision_library
+    import torch
+
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or torch.version.cuda or torch.version.hip:
+        return
+    for extension in Path(spec.origin).parent.glob("_C*.so"):
+        with contextlib.suppress(OSError):  # the very thing that is asked: can it be loaded?
+            torch.ops.load_library(str(extension))
+            return
+    _torchvision_library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        _torchvision_library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def prepare() -> None:
+    """Let torchvision be imported beside a CPU build of torch, whenever that happens."""
+    waiting = any(isinstance(finder, _TorchvisionCure) for finder in sys.meta_path)
+    if not waiting and "torchvision" not in sys.modules:
+        sys.meta_path.insert(0, _TorchvisionCure())
+
+
+# Megatron-Core on a CPU
+
+_megatron_on_cpu = False
+
+
+def prepare_megatron() -> None:
+    """Make Megatron-Core run on this device. Call it before anything of Megatron is used."""
+    # The table of `mmi doctor` says the same, once.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    if not has_gpu() and not _megatron_on_cpu:
+        _put_megatron_on_cpu()
+
+
+def _put_megatron_on_cpu() -> None:
+    """Load the stand-ins for CUDA.
+
+    Raises:
+        RuntimeError: where CUDA is present, or inside ``with torch.device(...)``, whose end would
+            take away the wrong one of the two modes.
+    """
+    global _megatron_on_cpu
+    import torch
+
+    if has_gpu():
+        raise RuntimeError("CUDA is present: Megatron-Core must run on it and not on stand-ins")
+    if torch._C._len_torch_function_stack():
+        raise RuntimeError("import mmi_megatron.parallel before entering a torch function mode or device")
+    _stand_in_for_cuda(torch)
+    _stand_in_for_cuda_random_numbers(torch)
+    _stand_in_for_cuda_tensors(torch)
+    _megatron_on_cpu = True
+
+
+class _Nothing:
+    """A CUDA stream or event where all work is done when a call returns."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _do_nothing
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """There is nothing to wait for and nothing to free."""
+
+
+def _stand_in_for_cuda(torch: Any) -> None:
+    """Streams, events and the current device."""
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    for name in ("synchronize", "empty_cache", "set_device", "set_stream"):
+        setattr(cuda, name, _do_nothing)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(cuda.nvtx, name, _do_nothing)
+    cuda.Stream = cuda.Event = cuda.stream = _Nothing
+    cuda.current_stream = cuda.default_stream = _Nothing
+
+
+def _stand_in_for_cuda_random_numbers(torch: Any) -> None:
+    """The CPU's generator in place of the GPU's, so that Megatron's tracker really separates the
+    tensor-parallel ranks' random numbers and brings back the common ones."""
+    from megatron.core.tensor_parallel import random
+
+    generator = torch.default_generator
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        if graph_safe:
+            raise RuntimeError("CUDA graphs need CUDA")
+        return generator.get_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+        if graph_safe:
+            raise RuntimeError("CUDA graphs need CUDA")
+        generator.set_state(new_state)
+
+    torch.cuda.manual_seed = generator.manual_seed
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state, module.set_rng_state = get_state, set_state
+    random._get_cuda_rng_state, random._set_cuda_rng_state = get_state, set_state
+
+    # With one generator for both, the tracker finds "the CPU's" changed whenever it is used.
+    expected = "CPU RNG state changed within GPU RNG context"
+    logging.getLogger(random.__name__).addFilter(lambda record: record.getMessage() != expected)
+
+
+def _stand_in_for_cuda_tensors(torch: Any) -> None:
+    """Tensors asked for on CUDA are made on the CPU, and report the type that Megatron's
+    optimizers insist on."""
+    from torch.overrides import TorchFunctionMode
+
+    def on_cpu(where: Any) -> Any:
+        named = where.type if isinstance(where, torch.device) else where
+        return "cpu" if isinstance(named, str) and named.split(":")[0] == "cuda" else where
+
+    class OnCPU(TorchFunctionMode):
+        """Rewrites the device of every call of torch made in this thread."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            if kwargs.get("device") is not None:
+                kwargs = kwargs | {"device": on_cpu(kwargs["device"])}
+            if func is torch.Tensor.to and len(args) > 1:
+                args = (args[0], on_cpu(args[1]), *args[2:])
+            return func(*args, **kwargs)
+
+    OnCPU().__enter__()
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor
+
+    plain_type = torch.Tensor.type
+
+    def cuda_type(tensor: torch.Tensor, dtype: Any = None, *rest: Any, **options: Any) -> Any:
+        if dtype is None:
+            name = plain_type(tensor).removeprefix("torch.")
+            return f"torch.cuda.{name}"
+        if isinstance(dtype, str):
+            dtype = dtype.replace("torch.cuda.", "torch.")
+        return plain_type(tensor, dtype, *rest, **options)
+
+    torch.Tensor.type = cuda_type
