@@ -1,0 +1,386 @@
+"""The released MM-Interleaved checkpoint: its names, and our modules built from its state dicts.
+
+``*_table`` gives the names below a module's own prefix, for both directions. ``mmfs``, ``perceiver``
+and ``visual_tokenizer`` build a module that takes its inputs as the release's does; they hold our
+modules, in the dtype of the tensors given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmi_megatron.config import AdapterConfig, MMFSConfig, ResamplerConfig, VisionConfig
+from mmi_megatron.convert.rules import Rule, Table, joined, load, rename, renames, squeezed, unsqueezed
+from mmi_megatron.model.mmfs import MMFS
+from mmi_megatron.model.perceiver import Resampler
+from mmi_megatron.model.visual_tokenizer import VisualTokenizer
+
+ADAPTER_POINTS = 4
+
+
+# ---------------------------------------------------------------- MMFS
+
+
+def mmfs_table(heads: int, levels: int, points: int) -> Table:
+    """Names of an MMFS. In its logits the last slot of every (head, level) is dead weight: left out
+    when loading, zero when saving."""
+
+    def drop(tensors: list[Tensor]) -> Tensor:
+        return tensors[0].unflatten(0, (heads, levels, points + 1))[:, :, :points].flatten(0, 2)
+
+    def pad(tensor: Tensor) -> list[Tensor]:
+        live = tensor.unflatten(0, (heads, levels, points))
+        dead = live.new_zeros(heads, levels, 1, *live.shape[3:])
+        return [torch.cat([live, dead], 2).flatten(0, 2)]
+
+    logits = [
+        Rule(f"logits.{part}", (f"attention_weights.{part}",), drop, pad) for part in ("weight", "bias")
+    ]
+    same = {
+        "query_proj": "dynamic_offset_mask",
+        "offsets": "sampling_offsets",
+        "value_proj": "value_proj",
+        "output_proj": "output_proj",
+    }
+    rules = [
+        rename("table.weight", "query_relpos.weight"),
+        unsqueezed("sink_value", "ignore_token", 3),
+        *renames(same),
+        *logits,
+    ]
+    return Table(rules)
+
+
+def intervals(visibility: Tensor) -> tuple[Tensor | None, Tensor]:
+    """A 0/1 visibility as half-open intervals of images.
+
+    Where every row's visible images are neighbours the intervals are over the N * M images as they
+    are. Gaps need another order: then each distinct pattern gets a run of its own images.
+
+    Args:
+        visibility: [N, Q, M], nonzero where visible.
+
+    Returns:
+        The images in their new order, int64 indices into N * M, or None for the order given; and
+        int32 [N * Q, 2] intervals into that order.
+    """
+    batch, queries, count = visibility.shape
+    seen = visibility.ne(0).flatten(0, 1)
+    row = torch.arange(batch, device=seen.device).repeat_interleave(queries)
+    number = seen.sum(1)
+    index = torch.arange(count, device=seen.device)
+    first = torch.where(seen, index, count).amin(1) if count else number
+    last = torch.where(seen, index, -1).amax(1) if count else number
+    if bool(((number == 0) | (last - first + 1 == number)).all()):
+        first = row * count + torch.where(number > 0, first, 0)
+        return None, torch.stack([first, first + number], 1).int()
+    patterns, which = torch.cat([row[:, None], seen.long()], 1).unique(dim=0, return_inverse=True)
+    pattern, image = patterns[:, 1:].nonzero(as_tuple=True)
+    sizes = patterns[:, 1:].sum(1)
+    start = sizes.cumsum(0) - sizes
+    return patterns[pattern, 0] * count + image, torch.stack([start, start + sizes], 1)[which].int()
+
+
+class ReleasedMMFS(nn.Module):
+    """Our MMFS behind the release's arguments."""
+
+    def __init__(self, core: MMFS):
+        super().__init__()
+        self.core = core
+
+    def forward(
+        self, query: Tensor, reference_points: Tensor, features: Tensor, visibility: Tensor
+    ) -> Tensor:
+        """What the queries find.
+
+        Args:
+            query: [N, Q, dq].
+            reference_points: [1 or N, Q, 1, 2] as (x, y) in 0..1.
+            features: [N, M, positions of all levels, dv].
+            visibility: 0/1 [N, Q, M], or [N, M] for all queries alike; of more than Q rows the last
+                Q count (cached decoding).
+
+        Returns:
+            [N, Q, out].
+        """
+        batch, queries = query.shape[:2]
+        mask = visibility[:, None] if visibility.ndim == 2 else visibility[:, -queries:]
+        if mask.shape != (batch, mask.shape[1], features.shape[1]) or mask.shape[1] not in (1, queries):
+            raise ValueError(
+                f"visibility: expected [{batch}, {queries}, {features.shape[1]}] or "
+                f"[{batch}, {features.shape[1]}], got {tuple(visibility.shape)}"
+            )
+        order, visible = intervals(mask)
+        maps = features.flatten(0, 1)
+        if order is not None:
+            maps = maps[order]
+        points = reference_points[:, :, 0].expand(batch, queries, 2).flatten(0, 1)
+        return self.core(query.flatten(0, 1), maps, points, visible).unflatten(0, (batch, queries))
+
+
+def mmfs(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> ReleasedMMFS:
+    """An MMFS of the release.
+
+    Args:
+        state_dict: its tensors, names without prefix.
+        config: d_query, d_value, d_out, d_model, ratio, n_heads, n_points, n_levels, spatial_shapes
+            (pixels a side of each level), base_spatial_shape, max_num_image_per_seq.
+
+    Raises:
+        ValueError: naming tensors that are missing, left over or of another shape.
+    """
+    shapes = [(side, side) if isinstance(side, int) else tuple(side) for side in config["spatial_shapes"]]
+    settings = MMFSConfig(
+        heads=config["n_heads"],
+        points=config["n_points"],
+        value_width=int(config["d_model"] * config["ratio"]),
+        table_rows=config["max_num_image_per_seq"],
+        levels=list(range(len(shapes))),
+        base=config["base_spatial_shape"],
+    )
+    core = MMFS(config["d_query"], config["d_value"], config["d_out"], settings, shapes)
+    table = mmfs_table(settings.heads, len(shapes), settings.points)
+    return ReleasedMMFS(_filled(core, state_dict, table, "released MMFS"))
+
+
+# ---------------------------------------------------------------- resampler
+
+
+def perceiver_table(config: ResamplerConfig) -> Table:
+    """Names of a resampler: transformers' BLIP-2 Q-Former, with q and k norms."""
+    rules = [unsqueezed("queries", "queries", 1), *renames({"norm": "blip2qformer.layernorm"})]
+    parts = {"query": "attention.query", "key": "attention.key", "value": "attention.value"}
+    parts |= {"output": "output.dense", "norm": "output.LayerNorm"}
+    if config.qk_norm:
+        parts |= {"query_norm": "attention.q_norm", "key_norm": "attention.k_norm"}
+    ffn = {"up": "intermediate_query.dense", "down": "output_query.dense", "norm": "output_query.LayerNorm"}
+    for layer in range(config.layers):
+        ours, theirs = f"layers.{layer}.", f"blip2qformer.encoder.layer.{layer}."
+        names = {f"{ours}attention.{a}": f"{theirs}attention.{b}" for a, b in parts.items()}
+        if layer % config.cross_every == 0:
+            names |= {f"{ours}cross.{a}": f"{theirs}crossattention.{b}" for a, b in parts.items()}
+        names |= {f"{ours}ffn.{a}": f"{theirs}{b}" for a, b in ffn.items()}
+        rules += renames(names)
+    return Table(rules)
+
+
+def resampler_config(config: Mapping[str, Any]) -> ResamplerConfig:
+    """Our settings from the release's keyword arguments."""
+    return ResamplerConfig(
+        queries=config["num_queries"],
+        width=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        ffn=config["intermediate_size"],
+        cross_every=config["cross_attention_frequency"],
+        qk_norm=config.get("qk_normalization", False),
+    )
+
+
+class ReleasedPerceiver(nn.Module):
+    """Our resampler behind the release's arguments: its mask is of any type, nonzero where a
+    position counts."""
+
+    def __init__(self, core: Resampler):
+        super().__init__()
+        self.core = core
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens [B, queries, hidden] from x [B, S, C] and mask [B, S] or None."""
+        return self.core(x, None if mask is None else mask.ne(0))
+
+
+def perceiver(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> ReleasedPerceiver:
+    """A resampler of the release.
+
+    Args:
+        state_dict: its tensors, names without prefix.
+        config: num_queries, hidden_size, encoder_hidden_size, cross_attention_frequency,
+            num_hidden_layers, num_attention_heads, intermediate_size, qk_normalization (false when absent).
+
+    Raises:
+        ValueError: naming tensors that are missing, left over or of another shape.
+    """
+    settings = resampler_config(config)
+    core = Resampler(config["encoder_hidden_size"], settings)
+    return ReleasedPerceiver(_filled(core, state_dict, perceiver_table(settings), "released resampler"))
+
+
+# ---------------------------------------------------------------- visual tokenizer
+
+
+def clip_table(layers: int, final_norm: bool) -> Table:
+    """Names of transformers' CLIPVisionModel below ``vision_model.`` against timm's
+    VisionTransformer; ``pre_layrnorm`` is their spelling."""
+    rules = [
+        rename("patch_embed.proj.weight", "embeddings.patch_embedding.weight"),
+        squeezed("cls_token", "embeddings.class_embedding", 2),
+        squeezed("pos_embed", "embeddings.position_embedding.weight", 1),
+        *renames({"norm_pre": "pre_layrnorm"}),
+    ]
+    same = {"norm1": "layer_norm1", "attn.proj": "self_attn.out_proj", "norm2": "layer_norm2"}
+    same |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for layer in range(layers):
+        ours, theirs = f"blocks.{layer}.", f"encoder.layers.{layer}."
+        rules += renames({ours + a: theirs + b for a, b in same.items()})
+        for part in ("weight", "bias"):
+            names = [f"{theirs}self_attn.{projection}_proj.{part}" for projection in "qkv"]
+            rules.append(joined(f"{ours}attn.qkv.{part}", names))
+    norm = {"norm.weight", "norm.bias"}
+    if final_norm:
+        return Table(rules + renames({"norm": "post_layernorm"}))
+    return Table(rules, ours_only=norm)
+
+
+def adapter_table(config: AdapterConfig) -> Table:
+    """Names of the ViT-Adapter, which the release keeps beside CLIP's own below ``vision_model.``."""
+    spm = "adapter_spm."
+    stem = {
+        f"stem.stages.0.{block}.{part}": f"{spm}stem.{3 * block + part}"
+        for block in range(3)
+        for part in (0, 1)
+    }
+    stem |= {
+        f"stem.stages.{stage}.{part}": f"{spm}conv{stage + 1}.{part}"
+        for stage in (1, 2, 3)
+        for part in (0, 1)
+    }
+    weights = [rename(f"{a}.weight", f"{b}.weight") for a, b in stem.items()]
+    norms = [rename(f"{a}.bias", f"{b}.bias") for a, b in stem.items() if a.endswith(".1")]
+    names = {f"stem.projections.{level}": f"{spm}fc{level + 1}" for level in range(4)} | {"up": "adapter_up"}
+    rules = [*weights, *norms, rename("level_embedding", "adapter_level_embed")]
+    attention = {
+        "query_norm": "query_norm",
+        "feature_norm": "feat_norm",
+        "attention.offsets": "attn.sampling_offsets",
+        "attention.weights": "attn.attention_weights",
+        "attention.value_proj": "attn.value_proj",
+        "attention.output_proj": "attn.output_proj",
+    }
+    ffn = {
+        "ffn_norm": "ffn_norm",
+        "ffn.up": "ffn.fc1",
+        "ffn.conv": "ffn.dwconv.dwconv",
+        "ffn.down": "ffn.fc2",
+    }
+    extractors = {}
+    for index in range(config.interactions):
+        interaction = f"adapter_interactions.{index}."
+        names |= {f"injectors.{index}.{a}": f"{interaction}injector.{b}" for a, b in attention.items()}
+        rules.append(rename(f"injectors.{index}.gamma", f"{interaction}injector.gamma"))
+        extractors[f"extractors.{index}."] = f"{interaction}extractor."
+    for index in range(config.extra_extractors):
+        extractors[f"extra_extractors.{index}."] = f"{interaction}extra_extractors.{index}."
+    for ours, theirs in extractors.items():
+        names |= {ours + a: theirs + b for a, b in (attention | ffn).items()}
+    return Table(rules + renames(names))
+
+
+def tokenizer_table(tokenizer: VisualTokenizer) -> Table:
+    """Names below ``visual_tokenizer.``"""
+    config, vision = tokenizer.config, "encoder.vision_model."
+    constants = {
+        "pos_embed": tokenizer.token_positions,
+        "clip_mean": tokenizer.mean[None],
+        "clip_std": tokenizer.std[None],
+        f"{vision}embeddings.position_ids": torch.arange(len(tokenizer.token_positions))[None],
+    }
+    outer = {
+        "input_proj": "pos_proj",
+        "input_norm": "pos_ln",
+        "position_norm": "post_ln",
+        "output_proj": "proj",
+    }
+    return (
+        Table(renames(outer), constants)
+        + clip_table(config.layers, final_norm=False).under("vit.", vision)
+        + adapter_table(config.adapter).under("adapter.", vision)
+        + perceiver_table(config.resampler).under("resampler.", "perceiver_resampler.")
+    )
+
+
+class ReleasedTokenizer(nn.Module):
+    """Our visual tokenizer behind the release's results."""
+
+    def __init__(self, core: VisualTokenizer):
+        super().__init__()
+        self.core = core
+
+    def forward(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Tokens [B, queries, llm width] and four maps [B, C, h, w] of images [B, 3, H, W] in 0..1."""
+        tokens, maps = self.core(image)
+        levels = maps.transpose(1, 2).split([height * width for height, width in self.core.shapes], 2)
+        return tokens, [
+            level.unflatten(2, shape) for level, shape in zip(levels, self.core.shapes, strict=True)
+        ]
+
+
+def visual_tokenizer(
+    state_dict: Mapping[str, Tensor], clip_config: Mapping[str, Any], perceiver_config: Mapping[str, Any]
+) -> ReleasedTokenizer:
+    """The visual tokenizer of the release.
+
+    Args:
+        state_dict: its tensors, names without prefix.
+        clip_config: of transformers' CLIPVisionConfig; what it leaves out has that class's defaults.
+        perceiver_config: as of ``perceiver``.
+
+    Raises:
+        ValueError: naming tensors that are missing, left over or of another shape, and constants
+            that are not the model's.
+    """
+    config = vision_config(state_dict, clip_config, perceiver_config)
+    proj = _known(state_dict, "proj.weight")
+    core = VisualTokenizer(config, proj.shape[0])
+    return ReleasedTokenizer(_filled(core, state_dict, tokenizer_table(core), "released visual tokenizer"))
+
+
+def vision_config(
+    state_dict: Mapping[str, Tensor], clip_config: Mapping[str, Any], perceiver_config: Mapping[str, Any]
+) -> VisionConfig:
+    """Our settings from the release's; the adapter's are read off its tensors."""
+    adapter = "encoder.vision_model.adapter_"
+    injected = [name for name in state_dict if name.startswith(adapter) and name.endswith("injector.gamma")]
+    extra = {
+        name.split(".")[5] for name in state_dict if name.startswith(adapter) and ".extra_extractors." in name
+    }
+    first = f"{adapter}interactions.0."
+    width = clip_config["hidden_size"]
+    slots = _known(state_dict, f"{first}extractor.attn.attention_weights.bias").shape[0]
+    return VisionConfig(
+        image_size=clip_config.get("image_size", 224),
+        patch_size=clip_config.get("patch_size", 32),
+        width=width,
+        layers=clip_config.get("num_hidden_layers", 12),
+        heads=clip_config.get("num_attention_heads", 12),
+        ffn=clip_config.get("intermediate_size", 3072),
+        quick_gelu=clip_config.get("hidden_act", "quick_gelu") == "quick_gelu",
+        adapter=AdapterConfig(
+            heads=slots // ADAPTER_POINTS,
+            points=ADAPTER_POINTS,
+            value_ratio=_known(state_dict, f"{first}extractor.attn.value_proj.bias").shape[0] / width,
+            ffn_ratio=_known(state_dict, f"{first}extractor.ffn.fc1.bias").shape[0] / width,
+            stem=_known(state_dict, f"{adapter}spm.stem.0.weight").shape[0],
+            interactions=len(injected),
+            extra_extractors=len(extra),
+        ),
+        resampler=resampler_config(perceiver_config),
+    )
+
+
+def _known(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in state_dict:
+        raise ValueError(f"released visual tokenizer: missing {name}")
+    return state_dict[name]
+
+
+def _filled(module: nn.Module, state_dict: Mapping[str, Tensor], table: Table, what: str) -> Any:
+    """The module with the release's tensors, in their dtype, in evaluation mode."""
+    floating = next(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
+    module.to(floating)
+    load(module, state_dict, table, what)
+    return module.eval()
