@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipeline.errors import BadSample
 
@@ -20,6 +20,8 @@ def open_image(blob: bytes, max_pixels: int) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(blob), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise BadSample("image cannot be read", f"none of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise BadSample("image is too large", str(error)) from None
     except (OSError, ValueError, SyntaxError, EOFError) as error:

@@ -6,7 +6,7 @@ from __future__ import annotations
 def next_source(drawn: list[int], weights: list[int]) -> int:
     """Which source the next sample comes from.
 
-    Taking the source that lags most can lag by more than one sample when there are many sources.
+    Taking the source that lags most can leave one more than a sample behind when there are many.
     Taking, among those that are not ahead, the one that would first fall a whole sample behind
     never does: it is earliest-deadline-first scheduling of unit jobs at full load.
 

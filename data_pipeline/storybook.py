@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 import random
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ _GLYPHS = (
     ("111", "101", "111", "001", "111"),
 )
 OVERSAMPLED = 8
+JUDGED = 32
+"""Pixels a side at which pictures are judged."""
 
 
 def story(seed: int, index: int, size: int = 32) -> Document:
@@ -161,7 +163,9 @@ def read_picture(pixels: np.ndarray) -> dict[str, str | None]:
         pixels = pixels.transpose(1, 2, 0)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.shape[0] != pixels.shape[1]:
         raise ValueError(f"expected a square uint8 [3, H, W] or [H, W, 3], got {pixels.shape}")
-    size = len(pixels)
+    size = JUDGED
+    if len(pixels) != size:
+        pixels = np.asarray(Image.fromarray(pixels.astype(np.uint8)).resize((size, size)))
     flat = _blurred(pixels.astype(np.float64))
     outside = np.ones((size, size), bool)
     corner = round(CORNER * size)
@@ -179,6 +183,7 @@ def read_picture(pixels: np.ndarray) -> dict[str, str | None]:
         return {"colour": None, "kind": None, "position": None}
     mask = np.where(outside, along[..., best], 0.0)
     mask[mask < 0.25] = 0.0
+    mask = _levelled(mask)
     y, x = np.mgrid[:size, :size] + 0.5
     centre = np.array([(mask * x).sum(), (mask * y).sum()]) / mask.sum() / size
     position = min(POSITIONS, key=lambda name: np.hypot(*(centre - POSITIONS[name])))
@@ -189,26 +194,31 @@ def _kind(mask: np.ndarray, position: str) -> str:
     """The kind whose template covers the mask best (intersection over union, soft)."""
     scores = {}
     for kind in KINDS:
-        templates = _templates(kind, position, len(mask))
+        templates = _templates(kind, position)
         overlap = np.minimum(mask, templates).sum((1, 2)) / np.maximum(mask, templates).sum((1, 2))
         scores[kind] = overlap.max()
     return max(scores, key=scores.__getitem__)
 
 
-@lru_cache(maxsize=256)
-def _templates(kind: str, position: str, size: int) -> np.ndarray:
-    """The shape near a position, moved about by up to two steps: [moves, size, size] in 0..1."""
-    side = size * 4
+@cache
+def _templates(kind: str, position: str) -> np.ndarray:
+    """The shape near a position, moved about by up to two pixels: [25, JUDGED, JUDGED] in 0..1."""
+    side = JUDGED * 4
     moved = []
     for dy in range(-2, 3):
         for dx in range(-2, 3):
             image = Image.new("L", (side, side), 0)
             x, y = POSITIONS[position]
-            place = (x + dx / 32, y + dy / 32)
+            place = (x + dx / JUDGED, y + dy / JUDGED)
             _draw_shape(ImageDraw.Draw(image), kind, place, side, 255)
-            small = np.asarray(image.resize((size, size), Image.Resampling.BOX), np.float64)
-            moved.append(_blurred(small[..., None])[..., 0] / 255)
+            small = np.asarray(image.resize((JUDGED, JUDGED), Image.Resampling.BOX), np.float64)
+            moved.append(_levelled(_blurred(small[..., None])[..., 0] / 255))
     return np.stack(moved)
+
+
+def _levelled(mask: np.ndarray) -> np.ndarray:
+    """The mask scaled so that a pale or thin shape counts as much as a full one."""
+    return np.minimum(mask / np.quantile(mask[mask > 0], 0.8), 1.0)
 
 
 def _draw_shape(

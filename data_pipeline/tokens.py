@@ -80,7 +80,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise DataError(f"tokenizer {str(file)!r}: no such file; train one with `mmi data tokenizer`")
     try:
         backend = Backend.from_file(str(file))
-    except Exception as error:  # noqa: BLE001 tokenizers raises the bare class for every bad file
+    except Exception as error:  # tokenizers raises the bare class for every bad file
         raise DataError(f"tokenizer {str(file)!r}: not a tokenizer.json ({error})") from None
     for token in (BOS, EOS):
         if backend.token_to_id(token) is None:

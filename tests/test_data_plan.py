@@ -44,11 +44,22 @@ def test_mixing_is_within_one_sample_at_every_prefix(weights):
 
 
 def test_mixing_is_exact_where_taking_the_largest_deficit_is_not():
-    weights = [30, 30, 30, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
-    drawn = [0] * len(weights)
-    for _ in range(10 * sum(weights)):
-        drawn[next_source(drawn, weights)] += 1
-    assert drawn == [10 * weight for weight in weights]
+    weights = [1, 1, 60, 1, 60, 1, 8, 8]
+    total = sum(weights)
+
+    def stray(choose):
+        drawn, worst = [0] * len(weights), 0.0
+        for n in range(1, 2 * total):
+            drawn[choose(drawn)] += 1
+            worst = max(worst, *(abs(c - n * w / total) for c, w in zip(drawn, weights, strict=True)))
+        return worst
+
+    def largest_deficit(drawn):
+        n = sum(drawn) + 1
+        return max(range(len(weights)), key=lambda i: n * weights[i] - drawn[i] * total)
+
+    assert stray(largest_deficit) > 1.2
+    assert stray(lambda drawn: next_source(drawn, weights)) < 1
 
 
 def test_weights_are_exact_fractions():
