@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from torch import Tensor
-
 from mmi_kernels import library, mmfs_attention, ms_deform_attn, reference
+from torch import Tensor
 
 DIFFERENTIABLE = (
     "value",
@@ -38,7 +37,8 @@ def bilinear(maps: Tensor, x: Tensor, y: Tensor) -> Tensor:
         for right in (0, 1):
             column, row = px.detach().floor() + right, py.detach().floor() + down
             inside = finite & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            share = (1 - (px - column).abs()) * (1 - (py - row).abs())
+            fraction_x, fraction_y = px - px.detach().floor(), py - py.detach().floor()
+            share = (fraction_x if right else 1 - fraction_x) * (fraction_y if down else 1 - fraction_y)
             at = maps[torch.where(inside, row, 0).long(), torch.where(inside, column, 0).long()]
             out = out + torch.where(inside, share, 0.0)[:, None] * torch.where(inside[:, None], at, 0.0)
     return out
@@ -90,7 +90,9 @@ def oracle_deform(value, spatial_shapes, sampling_locations, attention_weights):
         for head in range(heads):
             for level, maps in enumerate(levels_of(value[n, :, head], spatial_shapes)):
                 at = sampling_locations[n, :, head, level].flatten(0, 1)
-                samples = bilinear(maps, at[:, 0], at[:, 1]).unflatten(0, (queries, -1))
+                samples = bilinear(maps, at[:, 0], at[:, 1]).unflatten(
+                    0, (queries, attention_weights.shape[4])
+                )
                 weight = attention_weights[n, :, head, level]
                 share = torch.zeros_like(out)
                 share[n, :, head] = (weight[..., None] * samples).sum(1)
@@ -157,7 +159,7 @@ class Case:
 
     def margin(self) -> float:
         """Distance in pixels of the closest sample to a line between pixels' centres."""
-        t = {name: tensor.double() for name, tensor in self.tensors.items() if tensor is not None}
+        t = {name: tensor.detach().double() for name, tensor in self.tensors.items() if tensor is not None}
         shift = t["offsets"][:, None] + t["table_offsets"]
         location = t["reference_points"][:, None, None, None] + shift / self.base
         least = 1.0

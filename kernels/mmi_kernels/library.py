@@ -16,14 +16,14 @@ import torch
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 STABLE_ABI = "0x020a000000000000ULL"  # libtorch 2.10, the oldest version the library loads into
-FLAGS = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math "
-    "-Wall -Wno-psabi -Wno-unknown-pragmas"
-).split()
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+FLAGS += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]  # loops with floor and min vectorise
+_AVX2 = ["-mavx2", "-mfma"]
+_AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
 INSTRUCTION_SETS = {
     "baseline": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512".split(),
+    "avx2": _AVX2,
+    "avx512": [*_AVX2, *_AVX512, "-mprefer-vector-width=512"],
 }
 
 

@@ -1,7 +1,8 @@
 // Where a sample falls: the one definition of bilinear sampling that every kernel uses.
 //
-// pixel = location * size - 0.5; what lies outside a map is zero. A location that is not finite,
-// or is a pixel or more away from the map, touches no corner: it adds nothing and gets no gradient.
+// pixel = location * size - 0.5; what lies outside a map is zero. A location that is not finite, or
+// lies too far outside, touches no corner: it adds nothing and gets no gradient. On a pixel line the
+// derivative is the one to the right and below (as in grid_sample).
 #pragma once
 
 #include "scalar.h"
@@ -18,7 +19,7 @@ template <typename A>
 MMI_FN Corners<A> locate(A location_x, A location_y, int32_t width, int32_t height, int32_t start) {
   const A x = location_x * A(width) - A(0.5), y = location_y * A(height) - A(0.5);
   // NaN and infinity fail these comparisons. Single & keeps the function free of branches.
-  const bool close = (x > A(-1)) & (x < A(width)) & (y > A(-1)) & (y < A(height));
+  const bool close = (x >= A(-1)) & (x < A(width)) & (y >= A(-1)) & (y < A(height));
   const A px = close ? x : A(0), py = close ? y : A(0);
   const A left = std::floor(px), top = std::floor(py);
   const int32_t ix = int32_t(left), iy = int32_t(top);

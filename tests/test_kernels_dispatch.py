@@ -1,0 +1,273 @@
+"""How the operators sit in PyTorch: checks, autograd, compilation, and the build of the library."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import mmi_kernels
+import pytest
+import torch
+from mmi_kernels import build, library, mmfs_attention, ms_deform_attn
+from mmi_kernels.autograd import OPS
+
+from tests.test_kernels_deform import draw
+from tests.test_kernels_oracle import DIFFERENTIABLE, Case, implementation, implementations
+
+COMPILED = library.status()["implementation"] == "compiled"
+KERNELS = Path(library.__file__).resolve().parent.parent
+
+
+def call(case: Case, **changed):
+    """``mmfs_attention`` on a case's tensors, some of them replaced."""
+    t = {**case.tensors, **changed}
+    return mmfs_attention(
+        t["value"], changed.get("shapes", case.shapes), *(t[n] for n in DIFFERENTIABLE[1:-1]), t["visible"],
+        base=case.base, sink=case.sink, sink_value=t["sink_value"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("value", lambda t: t[0], "4 axes"),
+        ("value", lambda t: t.int(), "float32, float64, bfloat16 or float16"),
+        ("offsets", lambda t: t[..., :1], r"\(6, 2, 3, 2\)"),
+        ("offsets", lambda t: t[0], "4 axes"),
+        ("offsets", lambda t: t[:, :, :0], "at least one point"),
+        ("logits", lambda t: t[:, :, :1], r"\(6, 2, 2, 3\)"),
+        ("logits", lambda t: t.long(), "floating"),
+        ("table_offsets", lambda t: t[:, :1], r"\(5, 2, 3, 2\)"),
+        ("table_logits", lambda t: t[1:], r"\(5, 2, 2, 3\)"),
+        ("table_logits", lambda t: t.to("meta"), "lies on meta, value on cpu"),
+        ("reference_points", lambda t: t[:2], r"\(6, 2\) or \(1, 2\)"),
+        ("sink_value", lambda t: t[:, 1:], r"\(2, 7\)"),
+        ("visible", lambda t: t.float(), r"int32 \[G, 2\]"),
+        ("visible", lambda t: t[:, :1], r"int32 \[G, 2\]"),
+        ("visible", lambda t: t[:4], "6 queries do not divide into 4 groups"),
+        ("visible", lambda t: t.to("meta"), "lies on meta"),
+    ],
+)
+def test_a_bad_argument_is_named(name, change, words):
+    case = Case().drawn()
+    with pytest.raises(ValueError, match=f"^{name}: .*{words}"):
+        call(case, **{name: change(case.tensors[name])})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((5, 7),), "hold 35 positions, value has 41"),
+        (((-5, -7), (2, 3)), "at least 1 x 1"),
+        ((), "at least 1 x 1"),
+    ],
+)
+def test_levels_that_do_not_add_up_are_named(shapes, words):
+    with pytest.raises(ValueError, match=f"^spatial_shapes: .*{words}"):
+        call(Case().drawn(), shapes=shapes)
+
+
+@pytest.mark.parametrize("name", implementations())
+@pytest.mark.parametrize("interval", [[-1, 2], [0, 4], [2, 2**31 - 1]])
+def test_images_that_do_not_exist_are_named(name, interval):
+    case = Case().drawn()
+    visible = case.tensors["visible"].clone()
+    visible[3] = torch.tensor(interval)
+    with (
+        implementation(name) as (mmfs, _),
+        pytest.raises(RuntimeError, match=f"visible: group 3 sees images {interval[0]}"),
+    ):
+        case.run(mmfs, visible=visible)
+
+
+def test_the_general_operator_names_a_bad_argument():
+    shapes = ((4, 6), (2, 3))
+    t = draw(0, 2, 5, 2, 8, shapes, 3, torch.float32)
+    value, locations, weights = t["value"], t["sampling_locations"], t["attention_weights"]
+    with pytest.raises(ValueError, match="^spatial_shapes: "):
+        ms_deform_attn(value, ((4, 6),), locations, weights)
+    with pytest.raises(ValueError, match="^sampling_locations: "):
+        ms_deform_attn(value, shapes, locations[:1], weights)
+    with pytest.raises(ValueError, match="^attention_weights: "):
+        ms_deform_attn(value, shapes, locations, weights[:, :, :1])
+    with pytest.raises(ValueError, match="^attention_weights: .*floating"):
+        ms_deform_attn(value, shapes, locations, weights.int())
+
+
+def small(dtype=torch.float64) -> tuple[Case, list[torch.Tensor]]:
+    case = Case(
+        queries=3, groups=3, heads=2, channels=3, points=2, shapes=((3, 4), (2, 2)), dtype=dtype, seed=3
+    ).drawn()
+    case.tensors["visible"] = torch.tensor([[0, 2], [1, 3], [1, 1]]).int()
+    return case, [case.tensors[n].requires_grad_() for n in DIFFERENTIABLE]
+
+
+def test_gradcheck():
+    case, leaves = small()
+    assert case.margin() > 1e-3
+    assert torch.autograd.gradcheck(
+        lambda *t: call(case, **dict(zip(DIFFERENTIABLE, t, strict=True))), leaves
+    )
+
+
+def raw_arguments(dtype) -> list:
+    case, _ = small(dtype)
+    tensors = [case.tensors[n] for n in DIFFERENTIABLE]
+    flat = [size for shape in case.shapes for size in shape]
+    return [tensors[0], flat, *tensors[1:6], case.tensors["visible"], tensors[6], case.base, True]
+
+
+if COMPILED:
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_opcheck(dtype):
+        arguments = raw_arguments(dtype)
+        torch.library.opcheck(OPS.mmfs_forward, arguments)
+        detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        out, stats = OPS.mmfs_forward(*detached)
+        backward = [torch.ones_like(out), out, stats, *detached[:8], *detached[9:]]
+        for for_value, for_query in ((True, True), (False, True), (True, False)):
+            torch.library.opcheck(OPS.mmfs_backward, [*backward, for_value, for_query])
+
+    def test_opcheck_of_the_general_operator():
+        t = draw(0, 2, 5, 2, 8, ((4, 6), (2, 3)), 3, torch.float64)
+        leaves = [t[n].requires_grad_() for n in ("value", "sampling_locations", "attention_weights")]
+        torch.library.opcheck(OPS.deform_forward, [leaves[0], [4, 6, 2, 3], *leaves[1:]])
+        value, locations, weights = (leaf.detach() for leaf in leaves)
+        torch.library.opcheck(
+            OPS.deform_backward, [t["grad"], value, [4, 6, 2, 3], locations, weights, True, True]
+        )
+
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_torch_compile_takes_the_whole_graph(dynamic):
+        torch._dynamo.reset()
+        compiled = torch.compile(mmfs_attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        general = torch.compile(ms_deform_attn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for queries in (6, 9):
+            case = Case(queries=queries, groups=3, dtype=torch.float32).drawn()
+            found, expected = case.run(compiled), case.run(mmfs_attention)
+            assert all(torch.allclose(found[key], expected[key]) for key in expected)
+            t = draw(0, 2, queries, 2, 8, ((4, 6), (2, 3)), 3, torch.float32)
+            t.pop("grad")
+            value, *rest = (tensor.requires_grad_() for tensor in t.values())
+            shapes = ((4, 6), (2, 3))
+            out = general(value, shapes, *rest)
+            assert torch.equal(out, ms_deform_attn(value, shapes, *rest))
+            out.sum().backward()
+            assert value.grad.any()
+
+    def test_the_kernels_check_what_they_are_given():
+        arguments = raw_arguments(torch.float32)
+        for index, words in ((2, "offsets"), (3, "logits"), (7, "visible"), (8, "sink_value")):
+            changed = list(arguments)
+            changed[index] = changed[index][:1].half() if index != 7 else changed[index].long()
+            with pytest.raises(RuntimeError, match=words):
+                OPS.mmfs_forward(*changed)
+
+
+def test_autocast_keeps_the_arithmetic_in_float32():
+    case = Case(dtype=torch.float32).drawn()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = call(case)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, call(case))
+
+
+def test_status_tells_what_runs():
+    status = mmi_kernels.status()
+    assert set(status) == {"implementation", "instruction_set", "library", "reason"}
+    assert (status["instruction_set"] is not None) == (status["library"] is not None) == COMPILED
+
+
+def fake_installation(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A copy of the package and its sources, no library, with a stand-in compiler that logs its calls."""
+    home = tmp_path / "kernels"
+    shutil.copytree(KERNELS, home, ignore=shutil.ignore_patterns("_lib", "__pycache__"))
+    tool = tmp_path / "c++"
+    tool.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then echo "stand-in ${STAND_IN:-1}"; exit 0; fi\n'
+        f'echo "$@" >> {tmp_path}/calls\n'
+        'while [ "$1" != -o ]; do shift; done\necho binary > "$2"\n'
+    )
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    return home, {
+        **os.environ,
+        "PYTHONPATH": str(home),
+        "CXX": str(tool),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+
+
+def python(code: str, env: dict[str, str]) -> str:
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+ONE_CALL = """
+import json, torch, mmi_kernels
+for _ in range(2):
+    weights = torch.zeros(1, 1, 1, 1, 1)
+    mmi_kernels.ms_deform_attn(torch.zeros(1, 4, 1, 2), ((2, 2),), torch.zeros(1, 1, 1, 1, 1, 2), weights)
+print(json.dumps(mmi_kernels.status()))
+"""
+
+
+def test_without_a_library_the_reference_runs_with_one_warning(tmp_path):
+    _, env = fake_installation(tmp_path)
+    said = python(ONE_CALL, env)
+    assert said.count("slow PyTorch reference") == 1
+    assert "run `python -m mmi_kernels.build`" in said
+    assert json.loads(said.splitlines()[0])["implementation"] == "reference"
+
+
+def test_a_library_is_built_once_and_again_when_something_changes(tmp_path):
+    home, env = fake_installation(tmp_path)
+    log = tmp_path / "calls"
+
+    def built(**extra: str) -> int:
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        python("import mmi_kernels.build; mmi_kernels.build.build()", {**env, **extra})
+        return len(log.read_text().splitlines()) - before
+
+    complete = len(build.units()) + 1
+    assert built() == complete
+    assert built() == 0
+    assert built(STAND_IN="2") == complete
+    source = home / "csrc" / "common" / "bilinear.h"
+    source.write_text(source.read_text() + "\n// changed\n")
+    assert built(STAND_IN="2") == complete
+    left = sorted(path.name for path in (home / "mmi_kernels" / "_lib").iterdir())
+    assert [Path(name).suffix for name in left] == [".json", ".so"] * 2
+
+
+def test_a_library_that_does_not_load_is_reported(tmp_path):
+    _, env = fake_installation(tmp_path)
+    python("import mmi_kernels.build; mmi_kernels.build.build()", env)
+    assert "does not load" in python(ONE_CALL, env)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler: looked for no-such-compiler"):
+        build.build()
+
+
+def test_no_instruction_set_leaks_into_the_rest(tmp_path):
+    """The kernels' objects define one symbol each: shared ones could be linked in for all processors."""
+    if not (shutil.which("nm") and shutil.which("g++")):
+        return
+    for unit in build.units()[2:]:
+        out = tmp_path / "kernels.o"
+        flags = ["-O1" if flag == "-O3" else flag for flag in library.FLAGS]
+        subprocess.run(["g++", *flags, *unit.flags, "-c", str(unit.source), "-o", str(out)], check=True)
+        listed = subprocess.run(
+            ["nm", "--defined-only", "--extern-only", str(out)], capture_output=True, text=True
+        )
+        symbols = [line.split()[1:] for line in listed.stdout.splitlines()]
+        assert len(symbols) == 1 and symbols[0][0] == "T", symbols
