@@ -28,7 +28,7 @@ def main(extras: list[str]) -> None:
     """Make the environment hold the project with these extras, unless it does already."""
     if sys.version_info[:2] not in ((3, 11), (3, 12)):
         sys.exit(
-            f"Python 3.11 or 3.12 is needed, this is {sys.version.split()[0]}: make PYTHON=/path/to/python3.11"
+            f"Python 3.11 or 3.12 is needed, not {sys.version.split()[0]}: make PYTHON=/path/to/python3.11"
         )
     stamp = VENV / f".stamp-{'-'.join(['run', *extras])}"
     wanted = fingerprint()

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "bf16")
 
+MEGATRON_CHATTER = (
+    "Transformer Engine and Apex are not installed",  # the table of `mmi doctor` says so, once
+    "full scope is deprecated",  # a default of its own
+    r"`torch\.distributed\..*` is deprecated",  # its calls of torch
+)
+"""Warnings of Megatron that no user can do anything about, every rank would print them."""
+
 
 # The device
 
@@ -183,8 +190,8 @@ _megatron_on_cpu = False
 
 def prepare_megatron() -> None:
     """Make Megatron-Core run on this device. Call it before anything of Megatron is used."""
-    # The table of `mmi doctor` says the same, once.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    for message in MEGATRON_CHATTER:
+        warnings.filterwarnings("ignore", message=message)
     if not has_gpu() and not _megatron_on_cpu:
         _put_megatron_on_cpu()
 
@@ -203,8 +210,9 @@ def _put_megatron_on_cpu() -> None:
         raise RuntimeError("CUDA is present: Megatron-Core must run on it and not on stand-ins")
     if torch._C._len_torch_function_stack():
         raise RuntimeError("import mmi_megatron.parallel before entering a torch function mode or device")
-    _stand_in_for_cuda(torch)
+    # First: it imports Megatron, whose compiler front end reads torch.cuda's functions by identity.
     _stand_in_for_cuda_random_numbers(torch)
+    _stand_in_for_cuda(torch)
     _stand_in_for_cuda_tensors(torch)
     _megatron_on_cpu = True
 
@@ -235,10 +243,11 @@ def _stand_in_for_cuda(torch: Any) -> None:
     """Streams, events and the current device."""
     cuda = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
+    # A function of its own for each name: torch's compiler refuses one object under several.
     for name in ("synchronize", "empty_cache", "set_device", "set_stream"):
-        setattr(cuda, name, _do_nothing)
+        setattr(cuda, name, lambda *_, **__: None)
     for name in ("range_push", "range_pop", "mark"):
-        setattr(cuda.nvtx, name, _do_nothing)
+        setattr(cuda.nvtx, name, lambda *_, **__: None)
     cuda.Stream = cuda.Event = cuda.stream = _Nothing
     cuda.current_stream = cuda.default_stream = _Nothing
 
@@ -297,7 +306,8 @@ def _stand_in_for_cuda_tensors(torch: Any) -> None:
 
     def cuda_type(tensor: torch.Tensor, dtype: Any = None, *rest: Any, **options: Any) -> Any:
         if dtype is None:
-            name = plain_type(tensor).removeprefix("torch.")
+            # The mode above looks `type` up by name and comes through here a second time.
+            name = plain_type(tensor).removeprefix("torch.").removeprefix("cuda.")
             return f"torch.cuda.{name}"
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.")
