@@ -127,10 +127,26 @@ class MMFS(nn.Module):
         Returns:
             [Q, out_width]. A query that sees no image gets the projected ``sink_value``.
         """
+        return self.attend(query, self.project(maps), reference_points, visible)
+
+    def project(self, maps: Tensor) -> Tensor:
+        """What the queries look into, one entry an image, so that it can be kept while queries come.
+
+        Args:
+            maps: [I, S, value_width_in].
+
+        Returns:
+            [I, positions sampled, heads, d], the values; with kind ``dense`` 2d, each after its key.
+        """
         maps = select_levels(maps, self.shapes, self.config.levels)
-        value = self.value_proj(maps).unflatten(-1, (self.config.heads, -1))
+        projections = [self.key_proj, self.value_proj] if self.config.kind == "dense" else [self.value_proj]
+        projected = [projection(maps).unflatten(-1, (self.config.heads, -1)) for projection in projections]
+        return projected[0] if len(projected) == 1 else torch.cat(projected, -1)
+
+    def attend(self, query: Tensor, projected: Tensor, reference_points: Tensor, visible: Tensor) -> Tensor:
+        """``forward`` with images that ``project`` has projected."""
         attend = self._dense if self.config.kind == "dense" else self._deformable
-        out = attend(self.query_proj(query), maps, value, reference_points, visible)
+        out = attend(self.query_proj(query), projected, reference_points, visible)
         return self.output_proj(out.flatten(1))
 
     @property
@@ -139,9 +155,7 @@ class MMFS(nn.Module):
         rows, limit = self.config.table_rows, self.config.max_images
         return rows if limit is None else min(rows, limit + 1)
 
-    def _deformable(
-        self, query: Tensor, maps: Tensor, value: Tensor, centre: Tensor, visible: Tensor
-    ) -> Tensor:
+    def _deformable(self, query: Tensor, value: Tensor, centre: Tensor, visible: Tensor) -> Tensor:
         heads, points = self.config.heads, self.config.points
         offset, logit = (heads, points, 2), (heads, len(self.sampled), points)
         table = self.table.weight[: self.reach]
@@ -159,34 +173,62 @@ class MMFS(nn.Module):
             sink=self.config.sink,
         )
 
-    def _dense(self, query: Tensor, maps: Tensor, value: Tensor, centre: Tensor, visible: Tensor) -> Tensor:
-        """Plain attention. Which images a query sees, and how far back they lie, is one number per
-        query, head and image; it enters as extra channels, of which a key has the one of its image
-        set. So no mask of queries x positions is made, and any attention kernel will do."""
-        heads, queries, images = self.config.heads, len(query), len(maps)
-        query = query.unflatten(-1, (heads, -1)).transpose(0, 1)  # [H, Q, D]
-        query = query * query.shape[-1] ** -0.5
-        key = self.key_proj(maps).unflatten(-1, (heads, -1)).permute(2, 0, 1, 3)  # [H, I, S, D]
-        interval = visible.long().repeat_interleave(queries // max(len(visible), 1), 0)
-        image = torch.arange(images, device=query.device)
-        back = interval[:, 1:] - image  # [Q, I]
-        seen = (image >= interval[:, :1]) & (back > 0) & (back < self.reach)
-        table = self.table.weight.unflatten(-1, (heads, -1)).transpose(0, 1)  # [H, K, D]
-        near = torch.where(seen, back, 0).expand(heads, -1, -1)
-        bias = (query @ table.transpose(1, 2)).gather(2, near).masked_fill(~seen, INVISIBLE)
+    def _dense(self, query: Tensor, projected: Tensor, centre: Tensor, visible: Tensor) -> Tensor:
+        heads = self.config.heads
+        return dense_attention(
+            query.unflatten(-1, (heads, -1)),
+            self.key_proj(maps).unflatten(-1, (heads, -1)),
+            value,
+            self.table.weight[: self.reach].unflatten(-1, (heads, -1)),
+            self.sink_value.view(heads, -1),
+            visible,
+            sink=self.config.sink,
+        )
 
-        # One more key holds the sink: logit 0, or out of sight where there is no sink; then a query
-        # that sees nothing takes it alone.
-        sink = query.new_full((heads, queries, 1), 0.0 if self.config.sink else 2 * INVISIBLE)
-        sink = sink.masked_fill(~seen.any(1)[:, None], 0.0)
-        own = torch.eye(images, images + 1, dtype=key.dtype, device=key.device)[:, None]
-        key = torch.cat([key, own.expand(heads, -1, key.shape[2], -1)], -1).flatten(1, 2)
-        last = F.one_hot(torch.tensor([key.shape[-1] - 1], device=key.device), key.shape[-1]).to(key.dtype)
-        key = torch.cat([key, last.expand(heads, -1, -1)], 1)
-        value = torch.cat([value.permute(2, 0, 1, 3).flatten(1, 2), self.sink_value.view(heads, 1, -1)], 1)
-        query = torch.cat([query, bias, sink], -1)
-        out = F.scaled_dot_product_attention(query[None], key[None], value[None], scale=1.0)
-        return out[0].transpose(0, 1)
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, table: Tensor, sink_value: Tensor, visible: Tensor, *, sink: bool
+) -> Tensor:
+    """Plain attention to all positions of the visible images.
+
+    Which images a query sees, and how far back they lie, is one number per query, head and image;
+    it enters as extra channels, of which a key has the one of its image set. So no mask of queries x
+    positions is made, and any attention kernel will do.
+
+    Args:
+        query: [Q, H, D].
+        key, value: [I, S, H, D].
+        table: [K, H, D], added to the keys of the image ``rel`` back; row 0 is unused.
+        sink_value: [H, D], the value of the extra key.
+        visible: integers [G, 2], as in ``MMFS.forward``.
+        sink: whether the extra key, of logit 0, is there; without it, it serves only a query that
+            sees nothing.
+
+    Returns:
+        [Q, H, D].
+    """
+    (queries, heads, width), images = query.shape, len(key)
+    query = query.transpose(0, 1) * width**-0.5  # [H, Q, D]
+    interval = visible.long().repeat_interleave(queries // max(len(visible), 1), 0)
+    image = torch.arange(images, device=query.device)
+    back = interval[:, 1:] - image  # [Q, I]
+    seen = (image >= interval[:, :1]) & (back > 0) & (back < len(table))
+    near = torch.where(seen, back, 0).expand(heads, -1, -1)
+    bias = (query @ table.permute(1, 2, 0)).gather(2, near).masked_fill(~seen, INVISIBLE)
+
+    # One more key holds the sink: logit 0, or out of sight where there is no sink; then a query
+    # that sees nothing takes it alone.
+    last = query.new_full((heads, queries, 1), 0.0 if sink else 2 * INVISIBLE)
+    last = last.masked_fill(~seen.any(1)[:, None], 0.0)
+    key = key.permute(2, 0, 1, 3)  # [H, I, S, D]
+    own = torch.eye(images, images + 1, dtype=key.dtype, device=key.device)[:, None]
+    key = torch.cat([key, own.expand(heads, -1, key.shape[2], -1)], -1).flatten(1, 2)
+    extra = F.one_hot(torch.tensor([key.shape[-1] - 1], device=key.device), key.shape[-1]).to(key.dtype)
+    key = torch.cat([key, extra.expand(heads, -1, -1)], 1)
+    value = torch.cat([value.permute(2, 0, 1, 3).flatten(1, 2), sink_value[:, None]], 1)
+    query = torch.cat([query, bias, last], -1)
+    out = F.scaled_dot_product_attention(query[None], key[None], value[None], scale=1.0)
+    return out[0].transpose(0, 1)
 
 
 def _check(config: MMFSConfig, shapes: Shapes) -> None:

@@ -4,11 +4,13 @@ Heads are divided, and no projection is repeated: the query projection is column
 offset and logit projections work on each rank's slice of it and their sums are scattered, so that
 every rank ends with its own heads; values are column-parallel and the output row-parallel. The
 relative table enters by linearity as (W table)[rel], with its columns divided like the query's.
+The dense kind (table 6) divides queries, keys, values and the table by heads in the usual way.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from mmi_kernels import mmfs_attention
 from mmi_megatron.config import MMFSConfig
+from mmi_megatron.model.mmfs import dense_attention
 from mmi_megatron.parallel.norm import RMSNorm
 
 
@@ -46,28 +49,29 @@ class ShardedMMFS(MegatronModule):
         super().__init__(config=config)
         tensor = config.tensor_model_parallel_size
         width, heads = config.hidden_size, mmfs.heads // tensor
-        self.heads, self.mmfs = heads, mmfs
-        self.shapes = shapes
+        dense = mmfs.kind == "dense"
+        self.heads, self.mmfs, self.shapes = heads, mmfs, shapes
         self.base = mmfs.base or shapes[0][0]
-        self.rows = mmfs.table_rows
         levels, points = len(mmfs.levels), mmfs.points
 
-        linear = partial(_linear, config)
-        replicated = copy.copy(config)
-        replicated.sequence_parallel = False
-        self.norm_maps = RMSNorm(replicated, maps_width, config.layernorm_epsilon)
-        self.query_proj = linear(ColumnParallelLinear, width, width, gather_output=False)
-        self.table = nn.Parameter(torch.zeros(mmfs.table_rows, width // tensor, dtype=config.params_dtype))
-        self.offsets_weight = self._slice(mmfs.heads * points * 2, width // tensor, dim=1)
-        self.offsets_bias = self._slice(heads * points * 2, dim=0)
-        self.logits_weight = self._slice(mmfs.heads * levels * points, width // tensor, dim=1)
-        self.logits_bias = self._slice(heads * levels * points, dim=0)
-        self.value_proj = _linear(
-            replicated, ColumnParallelLinear, maps_width, mmfs.value_width, gather_output=False
-        )
+        # The maps are the same on every rank; under sequence parallelism only the queries are split.
+        whole = copy.copy(config)
+        whole.sequence_parallel = False
+        inner = mmfs.value_width if dense else width
+        column, row = partial(ColumnParallelLinear, gather_output=False), RowParallelLinear
+        self.norm_maps = RMSNorm(whole, maps_width, config.layernorm_epsilon)
+        self.query_proj = _linear(config, column, width, inner)
+        self.table = self._slice(mmfs.table_rows, inner // tensor, dim=1)
+        if dense:
+            self.key_proj = _linear(whole, column, maps_width, mmfs.value_width)
+        else:
+            self.offsets_weight = self._slice(mmfs.heads * points * 2, width // tensor, dim=1)
+            self.offsets_bias = self._slice(heads * points * 2, dim=0)
+            self.logits_weight = self._slice(mmfs.heads * levels * points, width // tensor, dim=1)
+            self.logits_bias = self._slice(heads * levels * points, dim=0)
+        self.value_proj = _linear(whole, column, maps_width, mmfs.value_width)
         self.sink_value = self._slice(mmfs.value_width // tensor, dim=0)
-        self.output_proj = linear(RowParallelLinear, mmfs.value_width, width, input_is_parallel=True)
-        set_tensor_model_parallel_attributes(self.table, True, 1, 1)
+        self.output_proj = _linear(config, partial(row, input_is_parallel=True), mmfs.value_width, width)
 
     def _slice(self, *shape: int, dim: int) -> nn.Parameter:
         parameter = nn.Parameter(torch.zeros(*shape, dtype=self.config.params_dtype))
@@ -76,30 +80,40 @@ class ShardedMMFS(MegatronModule):
 
     def forward(self, hidden: Tensor, attention_mask: Tensor, key_value_states: Tensor, **_):
         """Output of MMFS [T, 1, width] and its bias, as Megatron's sublayers return them."""
-        visible, positions = attention_mask, sum(h * w for h, w in self.shapes)
-        maps = key_value_states.view(-1, positions, key_value_states.shape[-1])
-        query, _ = self.query_proj(hidden)
-        projected = self._project(torch.cat([query[:, 0], self.table]))
-        mine, table = projected.split([query.shape[0], self.rows])
-        split = [self.mmfs.points * 2, len(self.mmfs.levels) * self.mmfs.points]
+        positions = sum(height * width for height, width in self.shapes)
+        maps = self.norm_maps(key_value_states.view(-1, positions, key_value_states.shape[-1]))
+        query = self.query_proj(hidden)[0].squeeze(1)
+        value = self.value_proj(maps)[0].unflatten(-1, (self.heads, -1))
+        attend = self._dense if self.mmfs.kind == "dense" else self._deformable
+        return self.output_proj(attend(query, maps, value, attention_mask).flatten(1).unsqueeze(1))
+
+    def _dense(self, query: Tensor, maps: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        split = (self.heads, -1)
+        key = self.key_proj(maps)[0].unflatten(-1, split)
+        table, sink_value = self.table.unflatten(-1, split), self.sink_value.view(split)
+        return dense_attention(
+            query.unflatten(-1, split), key, value, table, sink_value, visible, sink=self.mmfs.sink
+        )
+
+    def _deformable(self, query: Tensor, maps: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        projected = self._project(torch.cat([query, self.table]))
+        mine, table = projected.split([len(query), len(self.table)])
+        split = [self.mmfs.points * 2, len(self.shapes) * self.mmfs.points]
         (offsets, logits), (table_offsets, table_logits) = mine.split(split, -1), table.split(split, -1)
-        value, _ = self.value_proj(self.norm_maps(maps))
-        points = (self.mmfs.points, 2)
-        levels = (len(self.mmfs.levels), self.mmfs.points)
-        out = mmfs_attention(
-            value.unflatten(-1, (self.heads, -1)),
+        points, levels = (self.mmfs.points, 2), (len(self.shapes), self.mmfs.points)
+        return mmfs_attention(
+            value,
             self.shapes,
             (offsets + self.offsets_bias.view(self.heads, -1)).unflatten(-1, points),
             (logits + self.logits_bias.view(self.heads, -1)).unflatten(-1, levels),
             table_offsets.unflatten(-1, points),
             table_logits.unflatten(-1, levels),
-            hidden.new_full((1, 2), 0.5, dtype=torch.float32),
+            query.new_full((1, 2), 0.5, dtype=torch.float32),
             visible,
             base=self.base,
             sink_value=self.sink_value.view(self.heads, -1),
             sink=self.mmfs.sink,
         )
-        return self.output_proj(out.flatten(1).unsqueeze(1))
 
     def _project(self, query: Tensor) -> Tensor:
         """Offsets and logits of this rank's heads, [n, heads, points * 2 + levels * points], from
@@ -116,22 +130,14 @@ class ShardedMMFS(MegatronModule):
         sharded = {}
         for name, child in self.named_children():
             sharded |= sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata)
-        axes = {"table": 1, "offsets_weight": 1, "logits_weight": 1, "offsets_bias": 0, "logits_bias": 0, "sink_value": 0}
-        own = {name: getattr(self, name).detach() for name in axes}
+        own = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        axes = {name: getattr(self, name).partition_dim for name in own}
         return sharded | make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets)
 
 
-def _linear(config: TransformerConfig, kind: type, rows: int, columns: int, **options) -> nn.Module:
+def _linear(config: TransformerConfig, kind: Callable, inputs: int, outputs: int) -> nn.Module:
     """A tensor-parallel linear layer with bias; its start value is loaded from the plain twin."""
-    return kind(
-        rows,
-        columns,
-        config=config,
-        init_method=nn.init.zeros_,
-        bias=True,
-        skip_bias_add=False,
-        **options,
-    )
+    return kind(inputs, outputs, config=config, init_method=nn.init.zeros_, bias=True, skip_bias_add=False)
 
 
 class GatedAdd(MegatronModule):

@@ -94,16 +94,18 @@ def layer_rules(config: LanguageConfig, mmfs: bool) -> dict[str, Rule]:
             target + "query_proj.weight": _split(source + "query_proj.weight", 0),
             target + "query_proj.bias": _split(source + "query_proj.bias", 0),
             target + "table": _split(source + "table.weight", 1),
-            target + "offsets_weight": _split(source + "offsets.weight", 1),
-            target + "offsets_bias": _split(source + "offsets.bias", 0),
-            target + "logits_weight": _split(source + "logits.weight", 1),
-            target + "logits_bias": _split(source + "logits.bias", 0),
             target + "value_proj.weight": _split(source + "value_proj.weight", 0),
             target + "value_proj.bias": _split(source + "value_proj.bias", 0),
             target + "sink_value": _split(source + "sink_value", 0),
             target + "output_proj.weight": _split(source + "output_proj.weight", 1),
             target + "output_proj.bias": _whole(source + "output_proj.bias"),
         }
+        if config.mmfs.kind == "dense":
+            rules |= {target + f"key_proj.{part}": _split(f"{source}key_proj.{part}", 0) for part in ("weight", "bias")}
+        else:
+            for name in ("offsets", "logits"):
+                rules[f"{target}{name}_weight"] = _split(f"{source}{name}.weight", 1)
+                rules[f"{target}{name}_bias"] = _split(f"{source}{name}.bias", 0)
     return rules
 
 
