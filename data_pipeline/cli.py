@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
@@ -140,7 +140,7 @@ def fit_tokenizer(shards: list[Path], out: Path, vocabulary: int) -> Summary:
     """
     summary = Summary()
 
-    def texts():
+    def texts() -> Iterator[str]:
         for shard in [shard for folder in shards for shard in find_shards(str(folder), folder.name)]:
             for _, members in scan_shard(shard):
                 head = next((member for member in members if member.name == "json"), None)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.batch import IMAGE_ID_BITS
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.formats import Member, find_shards, parse_content, read_range, scan_shard
 from data_pipeline.quarantine import Failure, Ledger
@@ -23,6 +24,7 @@ from data_pipeline.settings import DataSettings, SourceSettings
 from data_pipeline.tokens import Tokenizer
 
 SCHEMA = 1
+MAX_IMAGES = 1 << IMAGE_ID_BITS
 IMAGE = -1
 """In place of a number of tokens: the piece is an image."""
 
@@ -181,6 +183,8 @@ def _entry(path: Path, key: str, members: list[Member], tokenizer: Tokenizer) ->
             raise BadSample("image is missing", value)
         images.append((by_name[value].offset, by_name[value].size))
         lengths.append(IMAGE)
+    if len(images) > MAX_IMAGES:
+        raise BadSample("document has too many images", f"{len(images)}, at most {MAX_IMAGES}")
     return Entry(0, key, (head.offset, head.size), images, lengths)
 
 
@@ -198,6 +202,10 @@ def _write_sidecar(sidecar: Path, value: dict) -> None:
     if not os.access(sidecar.parent, os.W_OK):
         return
     handle, name = tempfile.mkstemp(dir=sidecar.parent, prefix=".index-")
-    with os.fdopen(handle, "w") as file:
-        json.dump(value, file, separators=(",", ":"))
-    os.replace(name, sidecar)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(value, file, separators=(",", ":"))
+        os.replace(name, sidecar)
+    except BaseException:
+        os.unlink(name)
+        raise

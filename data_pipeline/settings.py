@@ -9,6 +9,8 @@ from fractions import Fraction
 from data_pipeline.errors import SettingsError
 
 KINDS = ("interleaved", "pairs")
+MAX_SOURCES = 256
+"""An image's id keeps 8 bits for its source."""
 
 
 @dataclass
@@ -71,6 +73,8 @@ def check_settings(settings: DataSettings) -> None:
     """
     if not settings.sources:
         raise SettingsError("data.sources: empty; name at least one source")
+    if len(settings.sources) > MAX_SOURCES:
+        raise SettingsError(f"data.sources: {len(settings.sources)}, at most {MAX_SOURCES}")
     names = [source.name for source in settings.sources]
     for index, source in enumerate(settings.sources):
         where = f"data.sources[{index}]"

@@ -26,6 +26,8 @@ from tests.data_corpora import documents, make_settings, make_tokenizer, picture
 
 GOOD = json.dumps({"content": [{"text": "hi"}, {"image": "0.png"}], "metadata": {}}).encode()
 
+CROWDED = json.dumps({"content": [{"image": "0.png"}] * 65_537}).encode()
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -90,6 +92,7 @@ def test_writer_refuses_a_key_twice_and_a_folder_with_shards(tmp_path):
         ([("k.json", b'{"content": [], "metadata": 3}')], "k", "json is not a document"),
         ([("k.json", b'{"content": [{"text": ""}]}')], "k", "document is empty"),
         ([("k.json", GOOD)], "k", "image is missing"),
+        ([("k.json", CROWDED), ("k.0.png", b"x")], "k", "document has too many images"),
         ([("k.json", GOOD), ("k.1.png", b"x")], "k", "image is missing"),
         ([("k.0.png", b"x"), ("k.pkl", b"x")], "k", "no json"),
         ([("../k.json", GOOD), ("../k.0.png", b"x")], "../k", "member name points outside the shard"),

@@ -156,6 +156,7 @@ def test_balancing_evens_out_costs():
     ("change", "named"),
     [
         ({"sources": []}, "data.sources"),
+        ({"sources": [SourceSettings(str(i), "x") for i in range(257)]}, "at most 256"),
         ({"sources": [SourceSettings("a", "x"), SourceSettings("a", "y")]}, "name"),
         ({"sources": [SourceSettings("a", "x", 0.0)]}, "weight"),
         ({"sources": [SourceSettings("a", "x", float("nan"))]}, "weight"),

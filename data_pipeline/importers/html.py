@@ -109,6 +109,7 @@ def read_page(root: Path, page: Path, drop: Drop) -> Document:
     soup = _parse(root, page)
     title = " ".join(soup.title.get_text().split()) if soup.title else ""
     base = soup.find("base", href=True)
+    start = str(base["href"]) if base else ""
     for tag in soup.find_all(_is_clutter):
         if not tag.decomposed:
             for _ in tag.find_all("img"):
@@ -128,8 +129,7 @@ def read_page(root: Path, page: Path, drop: Drop) -> Document:
         if isinstance(node, Tag) and node.name == "img":
             flush()
             try:
-                address = urljoin(str(base["href"]), _source(node)) if base else _source(node)
-                content.append(checked_image(_read(root, page, address), ICON))
+                content.append(checked_image(_read(root, page, start, _source(node)), ICON))
             except BadSample as bad:
                 drop(bad.reason)
         elif isinstance(node, Tag) and node.name in BLOCKS:
@@ -197,9 +197,10 @@ def _source(image: Tag) -> str:
     return source
 
 
-def _read(root: Path, page: Path, address: str) -> bytes:
-    """Read an image of a page from a file under the root."""
+def _read(root: Path, page: Path, base: str, source: str) -> bytes:
+    """Read an image of a page from a file under the root; ``base`` is the page's own, or empty."""
     try:
+        address = urljoin(base, source)
         parts = urlsplit(address)
     except ValueError as error:
         raise BadSample("image without an address", str(error)) from None
