@@ -1,0 +1,113 @@
+"""The process groups of a run: this rank's place among all ranks."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from mmi_megatron import platform
+from mmi_megatron.config import Config
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's place: in the world, in its tensor-parallel and in its data-parallel group."""
+
+    rank: int
+    world: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+
+
+def data_parallel_size(config: Config, world: int) -> int:
+    """Replicas of the model among ``world`` ranks.
+
+    Raises:
+        ValueError: when the layout or the global batch does not divide, saying what would.
+    """
+    parallel, train = config.parallel, config.train
+    for name in ("pipeline", "context"):
+        if getattr(parallel, name) != 1:
+            raise ValueError(f"parallel.{name}={getattr(parallel, name)}: only 1 is supported")
+    if parallel.tensor < 1 or world % parallel.tensor:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} does not divide the {world} ranks of this run; "
+            f"start a multiple of {parallel.tensor} ranks or change parallel.tensor"
+        )
+    replicas = world // parallel.tensor
+    if train.rows < 1 or train.micro_rows < 1 or train.rows % (replicas * train.micro_rows):
+        raise ValueError(
+            f"train.rows={train.rows} is no multiple of train.micro_rows={train.micro_rows} times the "
+            f"{replicas} data-parallel replicas ({world} ranks, parallel.tensor={parallel.tensor})"
+        )
+    return replicas
+
+
+def initialize(config: Config) -> Layout:
+    """Join the world, set up Megatron's groups and seed every generator of this process.
+
+    The world is torchrun's environment variables; without them it is this process alone. Every
+    collective of every group fails after ``train.timeout`` seconds.
+
+    Raises:
+        ValueError: before any group is started, when the layout does not fit the world.
+    """
+    platform.prepare_megatron()
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(alone)
+    world = int(os.environ["WORLD_SIZE"])
+    replicas = data_parallel_size(config, world)
+    platform.set_threads(config.train.threads, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    platform.init_process_group(config.train.timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
+        # Modules whose images are divided over the tensor-parallel group are reduced over TP x DP
+        # by Megatron's expert groups (train.optimizer.mark_image_parallel).
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=config.train.timeout / 60,
+    )
+    seed(config.train.seed)
+    return Layout(
+        rank=dist.get_rank(),
+        world=world,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=config.parallel.tensor,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=replicas,
+    )
+
+
+def seed(value: int) -> None:
+    """Seed Python, NumPy, torch and Megatron's tracker, whose tensor-parallel stream differs by rank.
+
+    What must not depend on the layout is keyed instead (``train.rng.keyed_seed``).
+    """
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+    tensor_parallel.model_parallel_cuda_manual_seed(value)
+
+
+def destroy() -> None:
+    """Leave the groups; another layout can be set up afterwards in the same process."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,212 @@
+"""Megatron's data parallelism and distributed AdamW, with the paper's parameter groups.
+
+Losses come divided by the counts of the whole step, so gradients are summed over ranks and
+micro-batches and scaled by nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from torch import nn
+
+from mmi_megatron.config import Config
+from mmi_megatron.platform import parameter_dtype
+
+log = logging.getLogger(__name__)
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def mark_image_parallel(module: nn.Module) -> None:
+    """Mark a replicated module whose images are divided over the tensor-parallel group.
+
+    Its gradients are then summed over all tensor- and data-parallel ranks, and its optimizer state
+    is divided over them. Call it before ``wrap``, at every tensor-parallel size: the optimizer's
+    place in a checkpoint must not depend on the layout.
+    """
+    for parameter in module.parameters():
+        # Megatron's way to say "expert": reduced by the expert groups, here TP x DP.
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        # Each rank's shard of the reduced gradient counts once in the norm.
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def wrap(model: nn.Module, config: Config) -> DistributedDataParallel:
+    """The model in Megatron's data parallelism, with gradients added up and reduced in fp32.
+
+    Frozen parameters (``requires_grad`` false) get no gradient buffer.
+
+    Raises:
+        ValueError: when Megatron would divide the gradients once more, or nothing is to be trained.
+    """
+    if not model.config.calculate_per_token_loss:
+        raise ValueError("the model's Megatron configuration needs calculate_per_token_loss=True")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("nothing to train: all parameters are frozen")
+    return DistributedDataParallel(
+        model.config,
+        # The distributed optimizer also at one replica: its checkpoints and those of the plain one
+        # do not interchange.
+        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        model,
+    )
+
+
+def learning_rate(name: str, config: Config) -> float:
+    """Peak learning rate of the parameter of this name.
+
+    Sampling offsets, wherever they are, learn at ``offsets_lr``; the rest of the image decoder at
+    ``decoder_lr``; everything else at ``lr`` (table 11 of the paper, and the release for offsets).
+    """
+    optimizer = config.optimizer
+    if is_offset(name):
+        return optimizer.offsets_lr
+    return optimizer.decoder_lr if "image_decoder." in name else optimizer.lr
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay pulls at the parameter.
+
+    Offsets and gates are without in the paper's runs. So are, after Megatron's habit, biases, norms
+    and all else with one dimension: decay would pull scales towards 0 and not towards their 1.
+    """
+    return parameter.dim() > 1 and not name.endswith("bias") and not is_offset(name)
+
+
+def is_offset(name: str) -> bool:
+    """Whether the parameter of this name yields sampling offsets of deformable attention."""
+    return any(part == "offsets" or part.startswith("offsets_") for part in name.split("."))
+
+
+def _overrides(model: nn.Module, config: Config) -> dict[ParamKey, ParamGroupOverride]:
+    """Megatron's overrides, one for each pair of learning rate and decay that occurs."""
+    base, ratio = config.optimizer.lr, config.optimizer.min_lr_ratio
+    rules = {(rate, decay) for rate in _rates(config) for decay in (True, False)} - {(base, True)}
+    overrides: dict[ParamKey, ParamGroupOverride] = {}
+    for rate, decay in sorted(rules):
+        predicate = ParamWithNamePredicate(
+            name=f"lr={rate} decay={decay}",
+            fn=lambda parameter, name, rule=(rate, decay): (
+                rule == (learning_rate(name, config), decays(name, parameter))
+            ),
+        )
+        override: dict = {"wd_mult": float(decay)}
+        if rate != base:
+            # Megatron tells loaded groups apart by their multipliers alone: without lr_mult two
+            # groups of equal decay would come back from a checkpoint with one learning rate.
+            override |= {"max_lr": rate, "min_lr": ratio * rate, "lr_mult": rate / base}
+        overrides[ParamKey(with_name_predicate=predicate)] = override
+    return overrides
+
+
+def _rates(config: Config) -> set[float]:
+    optimizer = config.optimizer
+    return {optimizer.lr, optimizer.decoder_lr, optimizer.offsets_lr}
+
+
+def build_optimizer(
+    ddp_model: DistributedDataParallel, config: Config
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+    """Megatron's distributed AdamW over the trainable parameters, and its schedule.
+
+    States and main parameters are fp32 at either precision.
+
+    Returns:
+        The optimizer, its groups split by learning rate and decay; and the scheduler, to be stepped
+        once per optimizer step. Warm-up is linear from 0 and every group keeps its ratio to ``lr``.
+
+    Raises:
+        ValueError: for an unknown schedule, a learning rate out of range, or a warm-up that does not
+            end before the run.
+    """
+    settings, steps = config.optimizer, config.train.steps
+    if settings.schedule not in SCHEDULES:
+        raise ValueError(f"optimizer.schedule: {settings.schedule!r} is none of {', '.join(SCHEDULES)}")
+    if min(_rates(config)) <= 0 or not 0 <= settings.min_lr_ratio <= 1:
+        raise ValueError("optimizer: learning rates must be above 0 and min_lr_ratio within 0..1")
+    if not 0 <= settings.warmup_steps < steps:
+        raise ValueError(f"optimizer.warmup_steps={settings.warmup_steps} must be below train.steps={steps}")
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.lr * settings.min_lr_ratio,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            bf16=config.train.precision == "bf16",
+            params_dtype=parameter_dtype(config.train.precision),
+            use_distributed_optimizer=True,
+            clip_grad=settings.clip,
+        ),
+        [ddp_model],
+        config_overrides=_overrides(ddp_model, config),
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.lr * settings.min_lr_ratio,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=settings.schedule,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        # The run's configuration decides, not what a checkpoint was made with.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return optimizer, scheduler
+
+
+def parts(optimizer: ChainedOptimizer) -> Iterator:
+    """The distributed optimizers within that hold parameters: one of what is replicated or divided
+    by tensor parallelism, one of what is marked by ``mark_image_parallel``."""
+    return (part for part in optimizer.chained_optimizers if not part.is_stub_optimizer)
+
+
+@torch.no_grad()
+def finish(ddp_model: DistributedDataParallel, optimizer: ChainedOptimizer) -> tuple[float, bool]:
+    """Reduce the gradients, clip them by their global norm and step (collective).
+
+    Returns:
+        The norm before clipping, the same on every rank, and whether the step was skipped because
+        the norm was not finite. A skipped step leaves weights and optimizer state as they were, and
+        the log names the parameters whose gradients are to blame.
+    """
+    finalize_model_grads([ddp_model])
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        log.warning(
+            "step skipped, the gradient norm is %s; not finite here: %s", norm, _not_finite(ddp_model)
+        )
+        return norm, True
+    if optimizer.config.clip_grad > 0:
+        for part in parts(optimizer):
+            clip_grad_by_total_norm_fp32(part.get_parameters(), optimizer.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm, False
+
+
+def _not_finite(ddp_model: DistributedDataParallel, most: int = 8) -> list[str]:
+    """Names of parameters with a gradient that is not finite in this rank's buffers."""
+    trained = ((n, p) for n, p in ddp_model.module.named_parameters() if p.requires_grad)
+    return [name for name, parameter in trained if not parameter.main_grad.isfinite().all()][:most]
