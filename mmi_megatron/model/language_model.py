@@ -39,24 +39,49 @@ class Visibility:
 
 @dataclass
 class Cache:
-    """Keys and values of the tokens already read, [T, kv_heads, head_width] a layer."""
+    """What a document has left behind: keys and values of its tokens, [T, kv_heads, head_width] a
+    layer, and its images as MMFS has projected them, [images, ...] a layer with MMFS."""
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    projected: dict[int, Tensor] = field(default_factory=dict)
+    images: int = 0
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new tokens to a layer's keys and values, and return all of them."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
+        """Append new tokens to a layer's keys and values; what they find in all of them."""
         if layer == len(self.keys):
             self.keys.append(key)
             self.values.append(value)
         else:
             self.keys[layer] = torch.cat([self.keys[layer], key])
             self.values[layer] = torch.cat([self.values[layer], value])
-        return self.keys[layer], self.values[layer]
+        return cached_attention(query, self.keys[layer], self.values[layer])
+
+    def append(self, layer: int, projected: Tensor) -> Tensor:
+        """Append images to those that a layer has projected, and return all of them."""
+        if layer in self.projected:
+            projected = (
+                torch.cat([self.projected[layer], projected]) if len(projected) else self.projected[layer]
+            )
+        self.projected[layer] = projected
+        return projected
 
     def clone(self) -> Cache:
         """A cache that can be extended without changing this one (for beams)."""
-        return Cache(list(self.keys), list(self.values))
+        return Cache(list(self.keys), list(self.values), dict(self.projected), self.images)
+
+
+class Beams(Cache):
+    """Caches of several continuations of one document, read together: a span of the stream each."""
+
+    def __init__(self, caches: list[Cache]):
+        super().__init__(projected=caches[0].projected, images=caches[0].images)
+        self.caches = caches
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bounds: list[int]) -> Tensor:
+        spans = zip(self.caches, bounds[:-1], bounds[1:], strict=True)
+        found = [c.attend(layer, query[a:b], key[a:b], value[a:b], [0, b - a]) for c, a, b in spans]
+        return torch.cat(found)
 
 
 class Attention(nn.Module):
@@ -71,7 +96,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, config.kv_heads * width, bias=False)
         self.o_proj = nn.Linear(config.heads * width, config.width, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor, bounds: list[int], cache: Cache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: Tensor, bounds: list[int], cache: Cache | None, layer: int
+    ) -> Tensor:
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_width))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -80,7 +107,7 @@ class Attention(nn.Module):
         if cache is None:
             out = packed_attention(query, key, value, bounds)
         else:
-            out = cached_attention(query, *cache.extend(layer, key, value))
+            out = cache.attend(layer, query, key, value, bounds)
         return self.o_proj(out.flatten(1))
 
 
@@ -107,9 +134,14 @@ class GatedMMFS(nn.Module):
         self.norm_maps = nn.RMSNorm(maps_width, eps=config.norm_eps)
         self.attention = MMFS(config.width, maps_width, config.width, config.mmfs, shapes)
 
-    def forward(self, hidden: Tensor, maps: Tensor, visible: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, maps: Tensor, visible: Tensor, cache: Cache | None, layer: int
+    ) -> Tensor:
+        projected = self.attention.project(self.norm_maps(maps))
+        if cache is not None:
+            projected = cache.append(layer, projected)
         centre = hidden.new_full((1, 2), 0.5, dtype=torch.float32)
-        seen = self.attention(self.norm_query(hidden), self.norm_maps(maps), centre, visible)
+        seen = self.attention.attend(self.norm_query(hidden), projected, centre, visible)
         return hidden + torch.tanh(self.gate) * seen
 
 
@@ -139,7 +171,7 @@ class DecoderLayer(nn.Module):
         normed = self.input_layernorm(hidden)
         hidden = hidden + self.self_attn(normed, angles, sees.bounds, cache, self.layer)
         if self.mmfs is not None:
-            hidden = self.mmfs(hidden, maps, sees.visible)
+            hidden = self.mmfs(hidden, maps, sees.visible, cache, self.layer)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
@@ -227,15 +259,16 @@ class LanguageModel(nn.Module):
             embeddings: [T, width].
             sees: structure of the stream (with a cache: of the new tokens).
             maps: [I, S, maps_width], or None without MMFS.
-            cache: keys and values of the tokens before, extended in place.
+            cache: of the tokens before, extended in place; of ``maps`` only the images that it does
+                not hold yet are projected.
 
         Returns:
             [T, width].
         """
-        angles = rotary_angles(
-            sees.position, self.config.width // self.config.heads, self.config.rope_theta
-        )
+        angles = rotary_angles(sees.position, self.config.width // self.config.heads, self.config.rope_theta)
         hidden = embeddings
+        if cache is not None and maps is not None:
+            maps, cache.images = maps[cache.images :], len(maps)
         maps = self.select(maps)
         for layer in self.layers:
             hidden = layer(hidden, angles, sees, maps, cache)

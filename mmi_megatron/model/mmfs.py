@@ -175,9 +175,10 @@ class MMFS(nn.Module):
 
     def _dense(self, query: Tensor, projected: Tensor, centre: Tensor, visible: Tensor) -> Tensor:
         heads = self.config.heads
+        key, value = projected.chunk(2, -1)
         return dense_attention(
             query.unflatten(-1, (heads, -1)),
-            self.key_proj(maps).unflatten(-1, (heads, -1)),
+            key,
             value,
             self.table.weight[: self.reach].unflatten(-1, (heads, -1)),
             self.sink_value.view(heads, -1),
@@ -187,7 +188,14 @@ class MMFS(nn.Module):
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, table: Tensor, sink_value: Tensor, visible: Tensor, *, sink: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    sink_value: Tensor,
+    visible: Tensor,
+    *,
+    sink: bool,
 ) -> Tensor:
     """Plain attention to all positions of the visible images.
 
