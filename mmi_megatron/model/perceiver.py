@@ -91,6 +91,7 @@ class Resampler(nn.Module):
             raise ValueError(
                 f"resampler.width {config.width} does not divide into resampler.heads {config.heads}"
             )
+        self.config = config
         self.queries = nn.Parameter(torch.empty(config.queries, config.width))
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.layers = nn.ModuleList(

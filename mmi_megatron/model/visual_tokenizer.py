@@ -65,6 +65,11 @@ class VisualTokenizer(nn.Module):
         shapes: (height, width) of the four maps, the finest first.
     """
 
+    mean: Tensor
+    std: Tensor
+    token_positions: Tensor
+    map_positions: Tensor
+
     def __init__(self, config: VisionConfig, llm_width: int):
         super().__init__()
         self.config = config

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mmi_kernels import ms_deform_attn
@@ -208,7 +209,8 @@ class ViTAdapter(nn.Module):
         super().__init__()
         if not 1 <= config.interactions <= layers:
             raise ValueError(
-                f"vision.adapter.interactions: expected 1..{layers} (the ViT's layers), got {config.interactions}"
+                "vision.adapter.interactions: "
+                f"expected 1..{layers} (the ViT's layers), got {config.interactions}"
             )
         self.shapes = pyramid_shapes(grid)
         self.grid = (grid, grid)
@@ -224,7 +226,7 @@ class ViTAdapter(nn.Module):
         self.up = nn.ConvTranspose2d(width, width, 2, 2)
         self.apply(_initialise)
 
-    def forward(self, vit: nn.Module, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, vit: VisionTransformer, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run ViT and adapter together.
 
         Args:
