@@ -11,28 +11,33 @@ namespace mmi {
 
 template <typename A>
 struct Corners {
-  A dx, dy;                       // fractions: distance from the left and the upper corner
-  int32_t row00, row01, row10, row11;  // position (y, x) in the image's maps; -1 outside
+  A dx, dy;                            // fractions: distance from the left and the upper corner
+  int32_t row00, row01, row10, row11;  // position (y, x) in the image's maps; negative: outside
 };
 
+// Ternaries and integer ors only, so that loops over it vectorise.
 template <typename A>
 MMI_FN Corners<A> locate(A location_x, A location_y, int32_t width, int32_t height, int32_t start) {
-  const A x = location_x * A(width) - A(0.5), y = location_y * A(height) - A(0.5);
-  // NaN and infinity fail these comparisons. Single & keeps the function free of branches.
-  const bool close = (x >= A(-1)) & (x < A(width)) & (y >= A(-1)) & (y < A(height));
-  const A px = close ? x : A(0), py = close ? y : A(0);
-  const A left = std::floor(px), top = std::floor(py);
+  A x = location_x * A(width) - A(0.5), y = location_y * A(height) - A(0.5);
+  // To where no corner lies on the map; NaN fails the first comparison.
+  x = x < A(width) ? x : A(width);
+  y = y < A(height) ? y : A(height);
+  x = x < A(-1) ? A(-2) : x;
+  y = y < A(-1) ? A(-2) : y;
+  const A left = std::floor(x), top = std::floor(y);
   const int32_t ix = int32_t(left), iy = int32_t(top);
+  const int32_t at_left = uint32_t(ix) < uint32_t(width) ? 0 : INT32_MIN;
+  const int32_t at_right = uint32_t(ix + 1) < uint32_t(width) ? 0 : INT32_MIN;
+  const int32_t at_top = uint32_t(iy) < uint32_t(height) ? 0 : INT32_MIN;
+  const int32_t at_bottom = uint32_t(iy + 1) < uint32_t(height) ? 0 : INT32_MIN;
   const int32_t row = start + iy * width + ix;
-  const bool has_left = close & (ix >= 0), has_right = close & (ix + 1 < width);
-  const bool has_top = iy >= 0, has_bottom = iy + 1 < height;
   Corners<A> c;
-  c.dx = px - left;
-  c.dy = py - top;
-  c.row00 = (has_top & has_left) ? row : -1;
-  c.row01 = (has_top & has_right) ? row + 1 : -1;
-  c.row10 = (has_bottom & has_left) ? row + width : -1;
-  c.row11 = (has_bottom & has_right) ? row + width + 1 : -1;
+  c.dx = x - left;
+  c.dy = y - top;
+  c.row00 = row | at_top | at_left;
+  c.row01 = (row + 1) | at_top | at_right;
+  c.row10 = (row + width) | at_bottom | at_left;
+  c.row11 = (row + width + 1) | at_bottom | at_right;
   return c;
 }
 

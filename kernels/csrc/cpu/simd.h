@@ -87,7 +87,7 @@ struct Samples {
   int64_t n;
   A *x, *y, *weight;  // location in 0..1 and attention weight
   A *dx, *dy;
-  int32_t* row[4];  // -1: outside
+  int32_t* row[4];  // negative: outside
   A* share[4];      // weight times the corner's bilinear weight
   A* dot[4];        // the output's gradient times the corner's value
 };
