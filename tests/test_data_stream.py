@@ -17,6 +17,7 @@ from data_pipeline.rows import describe_stream
 from data_pipeline.settings import SourceSettings
 from data_pipeline.stream import Stream
 from tests.data_corpora import (
+    WORDS,
     cut_jpeg,
     documents,
     huge_png,
@@ -421,3 +422,28 @@ def test_two_sources_of_one_name_or_a_wrong_split_are_refused(mixed):
     twice = replace(mixed, sources=[*mixed.sources, SourceSettings("a", mixed.sources[0].path)])
     with pytest.raises(DataError, match="unique"):
         Stream(twice)
+
+
+def test_the_limit_of_pixels_is_ours_to_set(tmp_path):
+    stream = Stream(
+        make_settings(tmp_path, {"a": documents(4)}, max_pixels=399, failure_limit=0.9), global_rows=1
+    )
+    assert (stream.next().batches(0, 1, 1, 1)[0].source == PADDING).all()
+    assert set(stream.ledger.counts("a")) == {"image is too large"}
+    (line, *_) = stream.ledger.lines
+    assert line.detail == "20 x 20, at most 399 pixels"
+
+
+def test_text_that_changes_under_a_run_is_masked(tmp_path):
+    stream = Stream(make_settings(tmp_path, {"a": documents(4)}, failure_limit=0.9), global_rows=1)
+    path = tmp_path / "a" / "000000.tar"
+    blob = path.read_bytes()
+    for word in WORDS:
+        blob = blob.replace(f" {word}".encode(), b"~" * (1 + len(word)))
+    path.write_bytes(blob)
+    step = stream.next()
+    batch = step.batches(0, 1, 1, 1)[0]
+    batch.validate()
+    assert len(batch.tokens) == 64
+    assert set(stream.ledger.counts("a")) == {"shard has changed"}
+    assert "in its index" in stream.ledger.lines[0].detail
