@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
-from data_pipeline.rows import SpecialTokens, describe_stream
+from data_pipeline.rows import RowDescription, SpecialTokens, describe_stream
 from mmi_megatron.config import ModelConfig
 from mmi_megatron.model.image_decoder import ImageDecoder
 from mmi_megatron.model.language_model import Visibility
@@ -53,15 +53,8 @@ def prepare(batch: Batch, special: SpecialTokens, config: ModelConfig, device: t
     Raises:
         ValueError: when the stream's placeholders do not match its images.
     """
-    language, decoder = config.language, config.decoder
-    reach = _reach(language.mmfs)
-    described = describe_stream(
-        batch.tokens,
-        batch.row_starts,
-        special,
-        max_images=reach,
-        max_references=1 if decoder.references == "nearest" else _reach(decoder.mmfs),
-    )
+    language = config.language
+    described = describe(batch.tokens, batch.row_starts, special, config)
     spans = batch.cu_seqlens if language.document_attention else batch.row_starts
     row_start = batch.row_starts[:-1]
     position = described.position
@@ -82,6 +75,7 @@ def prepare(batch: Batch, special: SpecialTokens, config: ModelConfig, device: t
     drawn = batch.drawn_index
     documents = np.searchsorted(batch.cu_seqlens, bois, "right")
     per_document = np.bincount(documents) if len(documents) else np.zeros(1, int)
+    reach = _reach(language.mmfs)
     return Inputs(
         tokens=torch.from_numpy(batch.tokens).long().to(device),
         labels=torch.from_numpy(batch.labels).long().to(device),
@@ -97,6 +91,20 @@ def prepare(batch: Batch, special: SpecialTokens, config: ModelConfig, device: t
         contexts=list(zip(starts[drawn].tolist(), bois[drawn].tolist(), strict=True)),
         references=torch.from_numpy(references[drawn].astype(np.int32)).to(device),
         out_of_reach=int(np.maximum(per_document - reach, 0).sum()),
+    )
+
+
+def describe(
+    tokens: np.ndarray, row_starts: np.ndarray, special: SpecialTokens, config: ModelConfig
+) -> RowDescription:
+    """``describe_stream`` as far as the model's image tables reach."""
+    decoder = config.decoder
+    return describe_stream(
+        tokens,
+        row_starts,
+        special,
+        max_images=_reach(config.language.mmfs),
+        max_references=1 if decoder.references == "nearest" else _reach(decoder.mmfs),
     )
 
 
