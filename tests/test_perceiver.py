@@ -47,7 +47,7 @@ def test_equals_transformers(masked):
     queries = state.pop("queries")
     theirs.load_state_dict({name.removeprefix("blip2qformer."): tensor for name, tensor in state.items()})
     x = sequence()
-    mask = torch.arange(9) < torch.tensor([[9], [4], [1]]) if masked else None
+    mask = torch.arange(9) < torch.tensor([[9], [4], [0]]) if masked else None
     wanted = theirs(
         query_embeds=queries.expand(3, -1, -1),
         encoder_hidden_states=x,

@@ -15,7 +15,7 @@ from mmi_megatron.convert.released import clip_table
 from mmi_megatron.convert.rules import load
 from mmi_megatron.model.positions import sincos_1d, sincos_2d
 from mmi_megatron.model.visual_tokenizer import VisualTokenizer, build_vit
-from mmi_megatron.model.vit_adapter import DeformableAttention, ViTAdapter, pixel_centres, pyramid_shapes
+from mmi_megatron.model.vit_adapter import DeformableAttention, Levels, ViTAdapter, pyramid_shapes
 
 SMALL = VisionConfig(
     image_size=32,
@@ -186,9 +186,10 @@ def test_points_of_a_head_start_on_a_ray_and_heads_on_a_ring():
     assert not zero.offsets.bias.any()
 
 
-def test_pixel_centres_are_x_then_y():
-    centres = pixel_centres(((1, 2), (2, 1)), torch.device("cpu"), torch.float64)
-    assert centres.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]]
+def test_levels_are_x_then_y():
+    levels = Levels.of(((1, 2), (2, 1)), torch.device("cpu"), torch.float64)
+    assert levels.centres.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]]
+    assert levels.sizes.tolist() == [[2, 1], [1, 2]]
 
 
 def test_positions():

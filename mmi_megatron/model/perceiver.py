@@ -32,12 +32,15 @@ class Attention(nn.Module):
         self.key_norm = nn.LayerNorm(head, eps=NORM_EPS) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B, n, width] attends to context [B, S, in_width] where mask, bool [B, S], is true."""
+        """x [B, n, width] attends to context [B, S, in_width] where mask, bool [B, S], is true; where
+        none is, to all positions alike."""
         query, key, value = (
             projection(source).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projection, source in ((self.query, x), (self.key, context), (self.value, context))
         )
-        mask = None if mask is None else mask[:, None, None]
+        if mask is not None:
+            lowest = torch.finfo(query.dtype).min
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)[:, None, None]
         out = F.scaled_dot_product_attention(
             self.query_norm(query), self.key_norm(key), value, attn_mask=mask
         )

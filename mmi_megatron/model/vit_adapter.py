@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +36,31 @@ def pyramid_shapes(grid: int) -> tuple[tuple[int, int], ...]:
     return tuple((side, side) for side in (4 * grid, 2 * grid, grid, grid // 2))
 
 
-def pixel_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Centres of the pixels of all levels as (x, y) in 0..1, [S, 2]."""
-    centres = []
-    for height, width in shapes:
-        rows = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
-        columns = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
-        y, x = torch.meshgrid(rows, columns, indexing="ij")
-        centres.append(torch.stack([x, y], -1).flatten(0, 1))
-    return torch.cat(centres)
+@dataclass
+class Levels:
+    """The levels of a feature map and where their pixels lie.
+
+    Attributes:
+        shapes: (height, width) of each level.
+        centres: [S, 2], centres of the pixels as (x, y) in 0..1, level by level, row-major.
+        sizes: [L, 2], (width, height) of each level.
+    """
+
+    shapes: Shapes
+    centres: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Levels:
+        """Built from fills on the device: nothing is copied there, which would stall a GPU."""
+        centres, sizes = [], []
+        for height, width in shapes:
+            rows = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
+            columns = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
+            y, x = torch.meshgrid(rows, columns, indexing="ij")
+            centres.append(torch.stack([x, y], -1).flatten(0, 1))
+            sizes += [torch.full((1,), float(side), device=device, dtype=dtype) for side in (width, height)]
+        return cls(shapes, torch.cat(centres), torch.cat(sizes).view(-1, 2))
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -126,17 +143,16 @@ class DeformableAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, query: Tensor, centres: Tensor, features: Tensor, shapes: Shapes) -> Tensor:
-        """[I, Q, width] from query [I, Q, width] at centres [Q, 2] and features [I, S, width] of the
-        levels ``shapes``. Locations and weights are computed in float32 or wider."""
+    def forward(self, query: Tensor, asking: Levels, features: Tensor, asked: Levels) -> Tensor:
+        """[I, Q, width] from query [I, Q, width], the pixels of the levels ``asking``, and features
+        [I, S, width] of the levels ``asked``. Locations and weights are computed in float32 or wider."""
         exact = torch.promote_types(query.dtype, torch.float32)
         heads, levels, points = self.split
         offsets = self.offsets(query).to(exact).unflatten(-1, (heads, levels, points, 2))
-        size = torch.tensor([(width, height) for height, width in shapes], dtype=exact, device=query.device)
-        locations = centres[:, None, None, None] + offsets / size[:, None]
+        locations = asking.centres[:, None, None, None] + offsets / asked.sizes[:, None]
         weights = self.weights(query).to(exact).unflatten(-1, (heads, levels * points)).softmax(-1)
         value = self.value_proj(features).unflatten(-1, (heads, -1))
-        out = ms_deform_attn(value, shapes, locations, weights.unflatten(-1, (levels, points)))
+        out = ms_deform_attn(value, asked.shapes, locations, weights.unflatten(-1, (levels, points)))
         return self.output_proj(out)
 
 
@@ -150,8 +166,8 @@ class Injector(nn.Module):
         self.attention = DeformableAttention(width, levels, config)
         self.gamma = nn.Parameter(torch.zeros(width))
 
-    def forward(self, patches: Tensor, centres: Tensor, pyramid: Tensor, shapes: Shapes) -> Tensor:
-        found = self.attention(self.query_norm(patches), centres, self.feature_norm(pyramid), shapes)
+    def forward(self, patches: Tensor, grid: Levels, pyramid: Tensor, levels: Levels) -> Tensor:
+        found = self.attention(self.query_norm(patches), grid, self.feature_norm(pyramid), levels)
         return patches + self.gamma * found
 
 
@@ -184,12 +200,10 @@ class Extractor(nn.Module):
         self.ffn_norm = nn.LayerNorm(width)
         self.ffn = ConvFFN(width, int(width * config.ffn_ratio))
 
-    def forward(
-        self, pyramid: Tensor, centres: Tensor, patches: Tensor, grid: tuple[int, int], shapes: Shapes
-    ):
-        found = self.attention(self.query_norm(pyramid), centres, self.feature_norm(patches), (grid,))
+    def forward(self, pyramid: Tensor, levels: Levels, patches: Tensor, grid: Levels) -> Tensor:
+        found = self.attention(self.query_norm(pyramid), levels, self.feature_norm(patches), grid)
         pyramid = pyramid + found
-        return pyramid + self.ffn(self.ffn_norm(pyramid), shapes)
+        return pyramid + self.ffn(self.ffn_norm(pyramid), levels.shapes)
 
 
 class ViTAdapter(nn.Module):
@@ -238,9 +252,8 @@ class ViTAdapter(nn.Module):
             maps [I, width, h, w].
         """
         exact = torch.promote_types(images.dtype, torch.float32)
-        coarse = self.shapes[1:]
-        at_patches = pixel_centres((self.grid,), images.device, exact)
-        at_pyramid = pixel_centres(coarse, images.device, exact)
+        grid = Levels.of((self.grid,), images.device, exact)
+        coarse = Levels.of(self.shapes[1:], images.device, exact)
         side = STRIDE * self.grid[0]
         fine, *levels = self.stem(F.interpolate(images, (side, side), mode="bilinear", align_corners=False))
         pyramid = torch.cat(
@@ -251,17 +264,17 @@ class ViTAdapter(nn.Module):
             1,
         )
         tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
-        prefix, seen = vit.num_prefix_tokens, []
+        prefix, seen, blocks = vit.num_prefix_tokens, [], list(vit.blocks.children())
         for index, (injector, extractor) in enumerate(zip(self.injectors, self.extractors, strict=True)):
-            patches = injector(tokens[:, prefix:], at_patches, pyramid, coarse)
+            patches = injector(tokens[:, prefix:], grid, pyramid, coarse)
             tokens = torch.cat([tokens[:, :prefix], patches], 1)
-            for block in vit.blocks[self.bounds[index] : self.bounds[index + 1]]:
+            for block in blocks[self.bounds[index] : self.bounds[index + 1]]:
                 tokens = block(tokens)
             patches = tokens[:, prefix:]
-            pyramid = extractor(pyramid, at_pyramid, patches, self.grid, coarse)
+            pyramid = extractor(pyramid, coarse, patches, grid)
             seen.append(patches.transpose(1, 2).unflatten(2, self.grid))
         for extractor in self.extra_extractors:
-            pyramid = extractor(pyramid, at_pyramid, patches, self.grid, coarse)
+            pyramid = extractor(pyramid, coarse, patches, grid)
         return tokens, self._merge(fine, pyramid, seen)
 
     def _merge(self, fine: Tensor, pyramid: Tensor, seen: list[Tensor]) -> list[Tensor]:
