@@ -11,7 +11,7 @@ from data_pipeline.batch import IMAGE_ID_BITS, PADDING, Batch
 from data_pipeline.decode import crop, decode
 from data_pipeline.errors import BadSample
 from data_pipeline.formats import Document, parse_content, read_range
-from data_pipeline.index import Corpus
+from data_pipeline.index import IMAGE, Corpus
 from data_pipeline.plan import Part, sample_id
 from data_pipeline.quarantine import Failure
 from data_pipeline.rows import describe_stream
@@ -145,24 +145,26 @@ class Producer:
         shard = source.shards[entry.shard]
         pieces, _ = parse_content(read_range(shard, *entry.json))
         places = iter(entry.images)
-        where = [next(places, (0, 0)) if kind == "image" else None for kind, _ in pieces]
+        where = [next(places, None) if kind == "image" else None for kind, _ in pieces]
+        lengths = entry.pieces
         if part.flipped:
-            pieces, where = pieces[::-1], where[::-1]
+            pieces, where, lengths = pieces[::-1], where[::-1], lengths[::-1]
+        if [kind == "image" for kind, _ in pieces] != [length == IMAGE for length in lengths]:
+            raise BadSample("shard has changed", "the document's pieces are not those of its index")
         special = self.tokenizer.special
         tokens = [special.bos]
         for segment in part.segments:
-            if segment.piece >= len(pieces):
-                raise BadSample("shard has changed", "document is shorter than its index says")
             place = where[segment.piece]
             if place is not None:
                 tokens += self._image_tokens()
                 slot.images.append(read_range(shard, *place))
-            else:
-                tokens += self.tokenizer.encode(pieces[segment.piece][1])[segment.start : segment.stop]
-        tokens += [special.eos] * part.last
-        if len(tokens) != part.length:
-            raise BadSample("shard has changed", f"{len(tokens)} tokens, {part.length} in its index")
-        slot.tokens = tokens
+                continue
+            own = self.tokenizer.encode(pieces[segment.piece][1])
+            if len(own) != lengths[segment.piece]:
+                expected = lengths[segment.piece]
+                raise BadSample("shard has changed", f"{len(own)} tokens of text, {expected} in its index")
+            tokens += own[segment.start : segment.stop]
+        slot.tokens = tokens + [special.eos] * part.last
 
     def _pictures(self, slots: list[Slot], image_loss: np.ndarray) -> list[tuple]:
         """Input pixels, drawn pixels or None, and id of every image of the slots that stay good."""
