@@ -79,9 +79,9 @@ class Tiny(MegatronModule):
         return hidden.float().square().sum() + 10 * mappings.reduce_from_tensor_model_parallel_region(drawn)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        sharded = {}
+        sharded, group = {}, parallel_state.get_tensor_model_parallel_group()
         for name, child in self.named_children():
-            sharded |= sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata)
+            sharded |= sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata, group)
         own = dict(self.named_parameters(recurse=False))
         return sharded | make_sharded_tensors_for_checkpoint(own, prefix, {}, sharded_offsets)
 

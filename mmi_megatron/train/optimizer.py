@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core.distributed import (
@@ -53,12 +54,13 @@ def wrap(model: nn.Module, config: Config) -> DistributedDataParallel:
     Raises:
         ValueError: when Megatron would divide the gradients once more, or nothing is to be trained.
     """
-    if not model.config.calculate_per_token_loss:
+    transformer: Any = model.config
+    if not transformer.calculate_per_token_loss:
         raise ValueError("the model's Megatron configuration needs calculate_per_token_loss=True")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("nothing to train: all parameters are frozen")
     return DistributedDataParallel(
-        model.config,
+        transformer,
         # The distributed optimizer also at one replica: its checkpoints and those of the plain one
         # do not interchange.
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),

@@ -1,0 +1,249 @@
+"""Checkpoints: exact at any layout in fresh processes, and never loaded when broken."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ranks import Ranks
+
+STEPS, LATER = 3, 3
+
+
+@pytest.fixture(scope="module")
+def writers():
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def readers():
+    """Processes that have not seen the run that wrote."""
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
+def adam_state(run) -> dict[str, torch.Tensor]:
+    """Adam's moments and step of this rank's shards, by parameter, with the shard's bounds."""
+    from mmi_megatron.train.optimizer import parts
+
+    names = {p: n for n, p in run.model.module.named_parameters()}
+    found = {}
+    for part in parts(run.optimizer):
+        for parameter in part.model_param_group_index_map:
+            tensors = part._get_main_param_and_optimizer_states(parameter)
+            shard = part._get_model_param_range_map(parameter)["param"]
+            for key, value in tensors.items():
+                found[f"{names[parameter]} {key} {shard.start}:{shard.end}"] = value.detach().clone()
+    return found
+
+
+def write(tensor: int, folder: Path, precision: str = "fp32", train_language: bool = True) -> dict:
+    """On a rank: train, save, and go on; what a resumed run must repeat."""
+    from mmi_megatron.train import checkpoint
+    from tests.tiny import Run, tiny_config
+
+    with Run(tiny_config(tensor, train__precision=precision), train_language=train_language) as run:
+        run.train(STEPS)
+        torch.rand(7)
+        extra = {"step": run.step, "data": {"cursor": [1, 2]}}
+        path = checkpoint.save(run.model, run.optimizer, run.scheduler, extra, folder, step=run.step)
+        result = {"path": path, "state": adam_state(run), "weights": run.parameters()}
+        result["drawn"] = torch.rand(3)
+        result["later"] = run.train(LATER)
+        return result
+
+
+def read(tensor: int, path: Path, precision: str = "fp32", again: Path | None = None,
+         train_language: bool = True) -> dict:  # fmt: skip
+    """On a rank: load, save again elsewhere, and go on."""
+    from mmi_megatron.train import checkpoint
+    from tests.tiny import Run, tiny_config
+
+    with Run(tiny_config(tensor, train__precision=precision), train_language=train_language) as run:
+        extra = checkpoint.load(run.model, run.optimizer, run.scheduler, path)
+        run.step = extra["step"]
+        result = {"extra": extra, "state": adam_state(run), "weights": run.parameters()}
+        result["drawn"] = torch.rand(3)
+        if again:
+            result["path"] = checkpoint.save(run.model, run.optimizer, run.scheduler, extra, again, run.step)
+        result["later"] = run.train(LATER)
+        return result
+
+
+def near(found: list[tuple], expected: list[tuple], tolerance: float) -> None:
+    """Losses and norms equal within a relative tolerance."""
+    for pair, other in zip(found, expected, strict=True):
+        assert pair == pytest.approx(other, rel=tolerance)
+
+
+def same(found: dict, expected: dict) -> None:
+    """All tensors equal, to the last bit."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.fixture(scope="module")
+def written(writers, tmp_path_factory) -> list[dict]:
+    """A run of two tensor-parallel ranks and its checkpoint."""
+    return writers.run(2, write, 2, tmp_path_factory.mktemp("tp2"))
+
+
+def test_a_fresh_start_at_the_same_layout_continues_exactly(written, readers):
+    for before, after in zip(written, readers.run(2, read, 2, written[0]["path"]), strict=True):
+        assert after["extra"] == {"step": STEPS, "data": {"cursor": [1, 2]}}
+        same(after["weights"], before["weights"])
+        same(after["state"], before["state"])
+        assert torch.equal(after["drawn"], before["drawn"])
+        assert after["later"] == before["later"]
+        steps = {float(value) for name, value in after["state"].items() if " step " in name}
+        assert steps == {STEPS}
+
+
+def test_from_two_ranks_to_one_and_back(written, readers, writers, tmp_path):
+    (alone,) = readers.run(1, read, 1, written[0]["path"], "fp32", tmp_path)
+    same(alone["weights"], written[0]["weights"])
+    near(alone["later"], written[0]["later"], 2e-6)
+    back = readers.run(2, read, 2, alone["path"])
+    for before, after in zip(written, back, strict=True):
+        same(after["state"], before["state"])
+        assert after["later"] == before["later"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_replicas(writers, readers, tmp_path, precision):
+    before = writers.run(2, write, 1, tmp_path, precision)
+    for old, new in zip(before, readers.run(2, read, 1, before[0]["path"], precision), strict=True):
+        same(new["state"], old["state"])
+        assert new["later"] == old["later"]
+    (alone,) = readers.run(1, read, 1, before[0]["path"], precision)
+    same(alone["weights"], before[0]["weights"])
+    near(alone["later"], before[0]["later"], 2e-6 if precision == "fp32" else 1e-2)
+
+
+def test_a_run_that_trains_image_parts_only(writers, readers, tmp_path):
+    before = writers.run(2, write, 2, tmp_path, "fp32", False)
+    after = readers.run(2, read, 2, before[0]["path"], "fp32", None, False)
+    assert [run["later"] for run in after] == [run["later"] for run in before]
+
+
+def refusal(path: Path, train_language: bool = True) -> tuple[str, bool]:
+    """On a rank: the error of loading, and whether the weights stayed as they were."""
+    from mmi_megatron.train import checkpoint
+    from tests.tiny import Run, tiny_config
+
+    with Run(tiny_config(1), train_language=train_language) as run:
+        before = run.parameters()
+        try:
+            checkpoint.load(run.model, run.optimizer, run.scheduler, path)
+        except checkpoint.CheckpointError as error:
+            return str(error), all(torch.equal(before[n], v) for n, v in run.parameters().items())
+        return "loaded", True
+
+
+class Evil:
+    """Unpickling it would run a command."""
+
+    def __reduce__(self):
+        import os
+
+        return os.system, ("true",)
+
+
+def damage(path: Path, how: str) -> str:
+    """Break a checkpoint; the name of the file that the error must give."""
+    if how == "cut":
+        file = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
+        file.write_bytes(file.read_bytes()[:-100])
+        return file.name
+    if how == "file lost":
+        file = next(path.glob("*.distcp"))
+        file.unlink()
+        return file.name
+    if how == "no marker":
+        (path / "complete.json").unlink()
+        return "complete.json"
+    if how == "evil index":
+        (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+        sizes = json.loads((path / "complete.json").read_text())
+        sizes[".metadata"] = (path / ".metadata").stat().st_size
+        (path / "complete.json").write_text(json.dumps(sizes))
+        return "system"
+    shutil.rmtree(path)
+    return "does not exist"
+
+
+@pytest.mark.parametrize("how", ["cut", "file lost", "no marker", "evil index", "gone"])
+def test_a_broken_checkpoint_is_refused_by_name(written, readers, tmp_path, how):
+    path = tmp_path / "step_0000003"
+    shutil.copytree(written[0]["path"], path)
+    named = damage(path, how)
+    (message, untouched) = readers.run(1, refusal, path)[0]
+    assert "refused" in message and named in message and untouched
+
+
+def test_a_checkpoint_without_the_state_of_what_is_now_trained_is_refused(writers, readers, tmp_path):
+    path = writers.run(1, write, 1, tmp_path, "fp32", False)[0]["path"]
+    message, untouched = readers.run(1, refusal, path)[0]
+    assert "lacks" in message and "optimizer.state" in message and "frozen" in message and untouched
+
+
+def finding(written: Path, folder: Path) -> list:
+    """On a rank: what ``latest`` finds while checkpoints come and break."""
+    from mmi_megatron.train import checkpoint
+
+    found = [checkpoint.latest(folder)]
+    for name in ("step_0000002", "step_0000010", "step_0000011.tmp", "step_0000012", "step_12345678"):
+        shutil.copytree(written, folder / name)
+    damage(folder / "step_0000012", "no marker")
+    damage(folder / "step_12345678", "cut")
+    (folder / "step_0000013").mkdir()
+    (folder / "notes").mkdir()
+    return [*found, checkpoint.latest(folder)]
+
+
+def test_the_newest_whole_one_is_found(written, readers, tmp_path):
+    nothing, found = readers.run(1, finding, written[0]["path"], tmp_path)[0]
+    assert nothing is None and found == tmp_path / "step_0000010"
+
+
+def keeping(folder: Path) -> list[str]:
+    """On a rank: save after every step and keep two, over the draft of a run that was killed."""
+    from mmi_megatron.train import checkpoint
+    from tests.tiny import Run, tiny_config
+
+    with Run(tiny_config(1)) as run:
+        if run.layout.rank == 0:
+            (folder / "step_0000002.tmp").mkdir(parents=True)
+            (folder / "step_0000002.tmp" / "old").write_text("half")
+        for step in (0, 1, 2, 3, 3):
+            checkpoint.save(run.model, run.optimizer, run.scheduler, {}, folder, step=step, keep=2)
+            if step < 3:
+                run.train(1)
+        return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_last_ones_are_kept_and_drafts_are_cleared(readers, tmp_path):
+    assert readers.run(2, keeping, tmp_path / "checkpoints")[0] == ["step_0000002", "step_0000003"]
+
+
+def weights_alone(tensor: int, path: Path) -> dict:
+    """On a rank: the weights without an optimizer."""
+    from mmi_megatron.train import checkpoint
+    from tests.tiny import Run, tiny_config
+
+    with Run(tiny_config(tensor)) as run:
+        checkpoint.load_weights(run.model.module, path)
+        return run.parameters()
+
+
+def test_weights_alone(written, readers):
+    same(readers.run(1, weights_alone, 1, written[0]["path"])[0], written[0]["weights"])
