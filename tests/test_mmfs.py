@@ -171,6 +171,15 @@ def test_without_images_the_sink_is_all_there_is(kind):
     assert module(query[:0], maps, points[:0], torch.zeros(0, 2, dtype=torch.int32)).shape == (0, 18)
 
 
+@pytest.mark.parametrize("levels", [[0], [1, 2], [0, 2], [0, 1, 3], [0, 1, 2, 3]], ids=str)
+def test_levels_are_picked_in_order(levels):
+    """Maps whose every position holds its level's number."""
+    sizes = torch.tensor([h * w for h, w in SHAPES])
+    maps = torch.arange(4).repeat_interleave(sizes)[None, :, None]
+    picked = select_levels(maps, SHAPES, levels)[0, :, 0]
+    assert picked.tolist() == torch.tensor(levels).repeat_interleave(sizes[levels]).tolist()
+
+
 def test_projections_see_each_query_once():
     """Neither the number of images nor that of the table's rows multiplies the queries."""
     module, rows = build(), []

@@ -160,16 +160,43 @@ def test_without_resampler_tokens_are_learned_and_maps_remain():
     assert not torch.equal(maps[0], maps[1])
 
 
-def test_earlier_layers_go_to_finer_maps():
-    """Of two groups of layers the first feeds the two finer maps, the second the two coarser."""
+@pytest.mark.parametrize("part", [0, 1], ids=["tokens", "maps"])
+def test_gradient_is_that_of_finite_differences(part):
+    """Along a random direction in all parameters and pixels at once: no path may be cut."""
+    module, x = build(), images(1)
+    leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
+    generator = torch.Generator().manual_seed(2)
+    direction = [torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype) for leaf in leaves]
+    upstream = torch.randn(module(x)[part].shape, generator=generator, dtype=x.dtype)
+    loss = (module(x.requires_grad_())[part] * upstream).sum()
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+
+    def moved(step: float) -> Tensor:
+        with torch.no_grad():
+            for leaf, way in zip(leaves, direction, strict=True):
+                leaf.add_(way, alpha=step)
+            return (module(x)[part] * upstream).sum()
+
+    step = 1e-7
+    above, below = moved(step), moved(-2 * step)
+    torch.testing.assert_close(slope, (above - below) / (2 * step), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "taken"),
+    [(1, [1, 1, 1, 1]), (2, [1, 1, 2, 2]), (3, [1, 2, 3, 3]), (4, [1, 2, 3, 4]), (8, [2, 4, 6, 8])],
+)
+def test_earlier_layers_go_to_finer_maps(groups, taken):
+    """The ViT's maps after its groups of layers are shared out evenly; the last goes to the coarsest."""
     module = build()
-    features = [torch.zeros(1, 32, 4, 4).double() + value for value in (1.0, 2.0)]
+    features = [torch.full((1, 32, 4, 4), 1.0 + group).double() for group in range(groups)]
     with torch.no_grad():
         module.adapter.up.weight.zero_()
         module.adapter.up.bias.zero_()
     coarse = torch.zeros(1, 64 + 16 + 4, 32).double()
     maps = module.adapter._merge(torch.zeros(1, 32, 16, 16).double(), coarse, features)
-    assert [level.unique().tolist() for level in maps] == [[1.0], [1.0], [2.0], [2.0]]
+    assert [level.unique().tolist() for level in maps] == [[number] for number in taken]
 
 
 def test_points_of_a_head_start_on_a_ray_and_heads_on_a_ring():
