@@ -13,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from mmi_megatron import platform
 from mmi_megatron.config import Config
+from mmi_megatron.layout import data_parallel_size
 
 
 @dataclass(frozen=True)
@@ -27,30 +28,6 @@ class Layout:
     dp_size: int
 
 
-def data_parallel_size(config: Config, world: int) -> int:
-    """Replicas of the model among ``world`` ranks.
-
-    Raises:
-        ValueError: when the layout or the global batch does not divide, saying what would.
-    """
-    parallel, train = config.parallel, config.train
-    for name in ("pipeline", "context"):
-        if getattr(parallel, name) != 1:
-            raise ValueError(f"parallel.{name}={getattr(parallel, name)}: only 1 is supported")
-    if parallel.tensor < 1 or world % parallel.tensor:
-        raise ValueError(
-            f"parallel.tensor={parallel.tensor} does not divide the {world} ranks of this run; "
-            f"start a multiple of {parallel.tensor} ranks or change parallel.tensor"
-        )
-    replicas = world // parallel.tensor
-    if train.rows < 1 or train.micro_rows < 1 or train.rows % (replicas * train.micro_rows):
-        raise ValueError(
-            f"train.rows={train.rows} is no multiple of train.micro_rows={train.micro_rows} times the "
-            f"{replicas} data-parallel replicas ({world} ranks, parallel.tensor={parallel.tensor})"
-        )
-    return replicas
-
-
 def initialize(config: Config) -> Layout:
     """Join the world, set up Megatron's groups and seed every generator of this process.
 
@@ -58,7 +35,7 @@ def initialize(config: Config) -> Layout:
     collective of every group fails after ``train.timeout`` seconds.
 
     Raises:
-        ValueError: before any group is started, when the layout does not fit the world.
+        ConfigError: before any group is started, when the layout does not fit the world.
     """
     platform.prepare_megatron()
     alone = {

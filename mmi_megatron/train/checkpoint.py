@@ -1,23 +1,13 @@
 """Checkpoints: Megatron's ``torch_dist`` format, readable at any layout, whole or not there at all.
 
-A checkpoint is a folder ``step_0000500`` on a file system that all ranks share::
-
-    .metadata, *.distcp, common.pt, metadata.json   weights, optimizer and random states (Megatron's)
-    run.json                                        step, data position, schedule, layout
-    complete.json                                   bytes of each file above; written last
-
-It is written under a name that ends in ``.tmp`` and renamed when all ranks are done. Hyperparameters
-are not in it: a resumed run takes them from its configuration.
+Hyperparameters are not in them: a resumed run takes them from its configuration.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +34,13 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_tensors
 
 from mmi_megatron.platform import device
+from mmi_megatron.train import checkpoint_folder
+from mmi_megatron.train.checkpoint_folder import RUN
 from mmi_megatron.train.optimizer import parts
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-NAME = re.compile(r"step_(\d{7,})")
-MARKER, RUN = "complete.json", "run.json"
 
 
 class CheckpointError(RuntimeError):
@@ -82,11 +72,9 @@ def save(
     Returns:
         The checkpoint's folder.
     """
-    target = folder / f"step_{step:07d}"
-    draft = folder / f"{target.name}.tmp"
+    draft = checkpoint_folder.draft_of(folder, step)
     if dist.get_rank() == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+        checkpoint_folder.begin(draft)
     dist.barrier()
     state = _sharded_state(model.module, optimizer, loading=False)
     writer = FullyParallelSaveStrategyWrapper(
@@ -103,13 +91,11 @@ def save(
             "layout": _layout(),
             "extra": extra,
         }
-        _write_json(draft / RUN, run)
-        _write_json(draft / MARKER, _sizes(draft))
-        _put_in_place(draft, target)
+        checkpoint_folder.complete(draft, run)
         if keep:
-            _forget(folder, keep)
+            checkpoint_folder.forget(folder, keep)
     dist.barrier()
-    return target
+    return checkpoint_folder.final_of(draft)
 
 
 class _WriteInThreads(TorchDistSaveShardedStrategy):
@@ -127,81 +113,16 @@ class _WriteInThreads(TorchDistSaveShardedStrategy):
         )
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _put_in_place(draft: Path, target: Path) -> None:
-    """Rename; an older checkpoint of the same step leaves only when the new one is there."""
-    old = target.with_name(f"{target.name}.old.tmp")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    draft.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _forget(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` whole checkpoints, and drafts of runs that were killed.
-    Broken ones stay for a person to look at."""
-    whole = [path for path in _by_step(folder) if _fault(path) is None]
-    for path in [*whole[:-keep], *folder.glob("step_*.tmp")]:
-        shutil.rmtree(path)
-
-
-# Finding
-
-
-def _by_step(folder: Path) -> list[Path]:
-    """Checkpoints by name, the oldest first."""
-    if not folder.is_dir():
-        return []
-    found = {int(match[1]): path for path in folder.iterdir() if (match := NAME.fullmatch(path.name))}
-    return [found[step] for step in sorted(found)]
-
-
-def _fault(path: Path) -> str | None:
-    """What keeps this checkpoint from being whole, None if nothing does. Reads no tensors."""
-    try:
-        sizes = json.loads((path / MARKER).read_text())
-    except FileNotFoundError:
-        return f"{path / MARKER} is missing: it was never finished"
-    except ValueError as error:
-        return f"{path / MARKER} is no JSON ({error})"
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} bytes of {size}"
-    return None
-
-
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint in ``folder``, None when there is none.
 
     Broken ones are passed over with a warning. With process groups up it is collective and rank 0
     decides for all.
     """
-    chosen: list[Path | None] = [None]
-    grouped = dist.is_initialized()
-    if not grouped or dist.get_rank() == 0:
-        for path in reversed(_by_step(folder)):
-            fault = _fault(path)
-            if fault is None:
-                chosen = [path]
-                break
-            log.warning("checkpoint %s is passed over: %s", path.name, fault)
-    if grouped:
-        dist.broadcast_object_list(chosen, src=0)
+    if not dist.is_initialized():
+        return checkpoint_folder.newest(folder)
+    chosen = [checkpoint_folder.newest(folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(chosen, src=0)
     return chosen[0]
 
 
@@ -261,7 +182,7 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, Any]:
 
 def _open(path: Path) -> dict[str, Any]:
     """What ``run.json`` holds, of a checkpoint that is whole."""
-    fault = f"{path} does not exist" if not path.is_dir() else _fault(path)
+    fault = checkpoint_folder.fault(path)
     if fault is not None:
         raise CheckpointError(f"checkpoint refused: {fault}; use an older one or train without --resume")
     run = json.loads((path / RUN).read_text())

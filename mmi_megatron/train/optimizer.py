@@ -25,11 +25,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from torch import nn
 
 from mmi_megatron.config import Config
+from mmi_megatron.errors import ConfigError
 from mmi_megatron.platform import parameter_dtype
 
 log = logging.getLogger(__name__)
-
-SCHEDULES = ("cosine", "linear", "constant")
 
 
 def mark_image_parallel(module: nn.Module) -> None:
@@ -52,13 +51,14 @@ def wrap(model: nn.Module, config: Config) -> DistributedDataParallel:
     Frozen parameters (``requires_grad`` false) get no gradient buffer.
 
     Raises:
-        ValueError: when Megatron would divide the gradients once more, or nothing is to be trained.
+        ValueError: when Megatron would divide the gradients once more.
+        ConfigError: when all parameters are frozen.
     """
     transformer: Any = model.config
     if not transformer.calculate_per_token_loss:
         raise ValueError("the model's Megatron configuration needs calculate_per_token_loss=True")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("nothing to train: all parameters are frozen")
+        raise ConfigError("nothing to train: every part of the model is frozen")
     return DistributedDataParallel(
         transformer,
         # The distributed optimizer also at one replica: its checkpoints and those of the plain one
@@ -108,9 +108,7 @@ def _overrides(model: nn.Module, config: Config) -> dict[ParamKey, ParamGroupOve
         )
         override: dict = {"wd_mult": float(decay)}
         if rate != base:
-            # Megatron tells loaded groups apart by their multipliers alone: without lr_mult two
-            # groups of equal decay would come back from a checkpoint with one learning rate.
-            override |= {"max_lr": rate, "min_lr": ratio * rate, "lr_mult": rate / base}
+            override |= {"max_lr": rate, "min_lr": ratio * rate}
         overrides[ParamKey(with_name_predicate=predicate)] = override
     return overrides
 
@@ -132,16 +130,16 @@ def build_optimizer(
         once per optimizer step. Warm-up is linear from 0 and every group keeps its ratio to ``lr``.
 
     Raises:
-        ValueError: for an unknown schedule, a learning rate out of range, or a warm-up that does not
-            end before the run.
+        ConfigError: for a warm-up that does not end before the run, or a final learning rate above the
+            peak.
     """
     settings, steps = config.optimizer, config.train.steps
-    if settings.schedule not in SCHEDULES:
-        raise ValueError(f"optimizer.schedule: {settings.schedule!r} is none of {', '.join(SCHEDULES)}")
-    if min(_rates(config)) <= 0 or not 0 <= settings.min_lr_ratio <= 1:
-        raise ValueError("optimizer: learning rates must be above 0 and min_lr_ratio within 0..1")
+    if not 0 <= settings.min_lr_ratio <= 1:
+        raise ConfigError(f"optimizer.min_lr_ratio: must be within 0 and 1, got {settings.min_lr_ratio}")
     if not 0 <= settings.warmup_steps < steps:
-        raise ValueError(f"optimizer.warmup_steps={settings.warmup_steps} must be below train.steps={steps}")
+        raise ConfigError(
+            f"optimizer.warmup_steps: {settings.warmup_steps} must be below train.steps, {steps}"
+        )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
