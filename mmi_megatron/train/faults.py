@@ -1,0 +1,98 @@
+"""What goes wrong on a rank, written down where the process that started it can tell the cause from
+what follows: when one rank is lost, the others fail too, with errors about a closed connection."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux' prctl: the signal that this process gets when its parent dies."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The rank that ended a run, how it ended, and what it said last."""
+
+    rank: int
+    exit_code: int
+    error: str
+
+    @property
+    def reason(self) -> str:
+        """How the rank ended, in words."""
+        if self.exit_code >= 0:
+            return f"ended with exit code {self.exit_code}"
+        number = -self.exit_code
+        name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+        hint = "; often the machine was out of memory" if number == signal.SIGKILL else ""
+        return f"was killed by signal {number} ({name}{hint})"
+
+
+def log_path(folder: Path, rank: int) -> Path:
+    """Log of a rank: everything it prints, but for rank 0 its errors and warnings alone."""
+    return folder / f"rank_{rank}.log"
+
+
+def _record_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.error.json"
+
+
+def record(folder: Path, rank: int, error: BaseException) -> None:
+    """Write down, on the rank itself, the error that ends it."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}"
+    _record_path(folder, rank).write_text(json.dumps({"time": time.time(), "error": text}))
+
+
+def clear(folder: Path, rank: int) -> None:
+    """Remove what an earlier run of this rank wrote down."""
+    _record_path(folder, rank).unlink(missing_ok=True)
+
+
+def first_failure(folder: Path, exit_codes: dict[int, int], logs_start: dict[int, int]) -> Failure:
+    """The cause, among ranks that failed at nearly the same time.
+
+    Args:
+        folder: of logs and records.
+        exit_codes: of the ranks that failed, negative for a signal.
+        logs_start: bytes of each rank's log before this run.
+
+    Returns:
+        A rank that could not even write down its error (killed, crashed) before one that could, and
+        among these the earliest.
+    """
+    found = []
+    for rank, exit_code in exit_codes.items():
+        try:
+            written = json.loads(_record_path(folder, rank).read_text())
+            found.append((1, written["time"], Failure(rank, exit_code, written["error"])))
+        except (FileNotFoundError, ValueError):  # killed before or while it wrote
+            last = _last_line(log_path(folder, rank), logs_start.get(rank, 0))
+            found.append((0, 0.0, Failure(rank, exit_code, last)))
+    return min(found, key=lambda entry: (entry[0], entry[1], entry[2].rank))[2]
+
+
+def _last_line(path: Path, start: int) -> str:
+    """Last line of a log that was written after byte ``start``."""
+    with path.open("rb") as file:
+        file.seek(max(start, path.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else "nothing"
+
+
+def end_with_parent(parent: int) -> None:
+    """Let this process be killed when the one that started it dies, however it dies. Linux only;
+    elsewhere ranks end when their next collective finds no partner."""
+    if sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it died before the call above
+        sys.exit("the process that started this rank is gone")

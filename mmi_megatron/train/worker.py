@@ -1,0 +1,59 @@
+"""One rank of a training job, started by ``train.launch``:
+``python -m mmi_megatron.train.worker SETTINGS OUT [--resume] [--stop-after N]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmi_megatron.config import Config
+from mmi_megatron.settings import load_config
+from mmi_megatron.train import faults
+
+PARENT = "MMI_PARENT"
+"""Environment variable with the process id of the launcher."""
+
+
+class _ToTerminal(logging.Handler):
+    """Warnings on rank 0's terminal, through whatever stands for it (a progress bar, say)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+def run(config: Config, out: Path, resume: bool, stop_after: int | None) -> None:
+    """Train on this rank; torchrun's environment variables say which one it is."""
+    from mmi_megatron.train.loop import train
+
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    if rank == 0:
+        handler = _ToTerminal()
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        for name in ("mmi_megatron", "data_pipeline"):
+            logging.getLogger(name).addHandler(handler)
+    train(config, out, resume, stop_after)
+
+
+def main(arguments: Sequence[str] | None = None, work: Callable = run) -> None:
+    """Entry of the process. An error is written down for the launcher before it ends the process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("settings", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--stop-after", type=int)
+    given = parser.parse_args(arguments)
+    if PARENT in os.environ:
+        faults.end_with_parent(int(os.environ[PARENT]))
+    try:
+        work(load_config(given.settings), given.out, given.resume, given.stop_after)
+    except BaseException as error:
+        faults.record(given.out / "logs", int(os.environ["RANK"]), error)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The launcher: ranks that end, fail, hang and are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from mmi_megatron.errors import ConfigError
+from mmi_megatron.settings import load_config
+from mmi_megatron.train import faults, launch
+
+STARTER = """
+import sys
+from pathlib import Path
+from mmi_megatron.settings import load_config
+from mmi_megatron.train.launch import launch
+sys.exit(launch(load_config("quickstart"), Path(sys.argv[1]), module="tests.fake_rank", again="AGAIN"))
+"""
+
+
+def alive(folder: Path) -> list[int]:
+    """Process ids of the fake ranks that still run."""
+    running = []
+    for file in folder.glob("pid_*"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+            running.append(int(file.read_text()))
+    return running
+
+
+def wait_for(*files: Path, seconds: float = 40) -> None:
+    """Wait until the ranks have written these files."""
+    end = time.monotonic() + seconds
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < end, f"not there after {seconds} s: {files}"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Launch two fake ranks in this process: exit code, what went to stderr, and how long it took."""
+
+    def run(capfd, what: str, overrides=(), **options):
+        monkeypatch.setenv("FAKE", what)
+        capfd.readouterr()
+        began = time.monotonic()
+        config = load_config("quickstart", overrides)
+        code = launch.launch(config, tmp_path, module="tests.fake_rank", again="AGAIN", **options)
+        return code, capfd.readouterr(), time.monotonic() - began
+
+    return run
+
+
+def test_all_ranks_run_and_get_what_was_given(start, tmp_path, capfd):
+    code, said, _ = start(capfd, "report", resume=True, stop_after=5)
+    assert code == 0 and said.err == ""
+    assert "hello from 0 of 2" in said.out and "hello from 1" not in said.out
+    assert "hello from 1 of 2" in faults.log_path(tmp_path / "logs", 1).read_text()
+    for rank in (0, 1):
+        given = (tmp_path / f"given_{rank}").read_text()
+        assert given == "tensor=2 resume=True stop_after=5"
+
+
+def test_the_error_that_came_first_is_the_one_reported(start, tmp_path, capfd):
+    code, said, _ = start(capfd, "raise")
+    assert code == 1
+    assert said.err.count("Training ended") == 1
+    assert "rank 1 ended with exit code 1" in said.err
+    assert "ValueError: the second rank's own error" in said.err and "connection closed" not in said.err
+    assert str(faults.log_path(tmp_path / "logs", 1)) in said.err
+    assert "AGAIN" in said.err and "no checkpoint yet" in said.err
+    assert "Traceback" in faults.log_path(tmp_path / "logs", 1).read_text()
+
+
+def test_ranks_that_ignore_the_end_are_killed(start, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(launch, "PATIENCE", 0.5)
+    code, said, took = start(capfd, "stubborn")
+    assert code == 7 and "rank 1 ended with exit code 7" in said.err and took < 20
+    assert not alive(tmp_path)
+
+
+def test_a_rank_killed_in_a_collective_ends_the_job(start, tmp_path, capfd):
+    killed = []
+
+    def kill():
+        wait_for(tmp_path / "ready_0", tmp_path / "ready_1")
+        time.sleep(0.5)
+        killed.append(time.monotonic())
+        os.kill(int((tmp_path / "pid_1").read_text()), signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    code, said, _ = start(capfd, "collective")
+    thread.join()
+    assert time.monotonic() - killed[0] < 20  # the goal is 60 s
+    assert code == 128 + signal.SIGKILL
+    assert said.err.count("Training ended") == 1 and len(said.err.strip().splitlines()) == 4
+    assert "rank 1 was killed by signal 9 (SIGKILL" in said.err
+    assert not alive(tmp_path)
+
+
+def test_a_hung_collective_ends_by_its_timeout(start, tmp_path, capfd):
+    code, said, took = start(capfd, "hang")
+    assert code == 1 and took < 40
+    assert "rank 0 ended with exit code 1" in said.err and "imed out" in said.err
+    assert not alive(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ranks_do_not_outlive_the_launcher(tmp_path, number):
+    environment = os.environ | {"FAKE": "wait"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(tmp_path)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
+    time.sleep(0.2)
+    os.kill(process.pid, number)
+    _, said = process.communicate(timeout=30)
+    expected = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
+    assert process.returncode == expected
+    assert "Traceback" not in said
+    if number == signal.SIGINT:
+        assert said.strip() == "Stopped. To go on: AGAIN"
+    end = time.monotonic() + 5
+    while alive(tmp_path):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_ranks_that_do_not_fit_are_refused(start, capfd):
+    with pytest.raises(ConfigError, match="parallel.tensor: a replica of the model takes 2 ranks"):
+        start(capfd, "report", ranks=3)
+    with pytest.raises(ConfigError, match="train.rows: 8 is no multiple"):
+        start(capfd, "report", ["train.micro_rows=8"], ranks=4)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(start, tmp_path, capfd):
+    whole = tmp_path / "checkpoints" / "step_0000007"
+    whole.mkdir(parents=True)
+    (whole / "complete.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a run at step_0000007; add --resume"):
+        start(capfd, "report")
+    code, said, _ = start(capfd, "raise", resume=True)
+    assert code == 1 and "continues after step_0000007" in said.err
+
+
+def test_under_torchrun_this_process_is_the_rank(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    calls = []
+    monkeypatch.setattr(launch.worker, "run", lambda *given: calls.append(given))
+    config = load_config("quickstart")
+    assert launch.launch(config, tmp_path, stop_after=3) == 0
+    assert calls == [(config, tmp_path, False, 3)]
+
+
+def test_signals_are_named():
+    assert "SIGSEGV" in faults.Failure(0, -signal.SIGSEGV, "").reason
+    assert "out of memory" in faults.Failure(0, -signal.SIGKILL, "").reason
