@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mmi_kernels
 import pytest
 import torch
+
+import mmi_kernels
 from mmi_kernels import build, library, mmfs_attention, ms_deform_attn
 from mmi_kernels.autograd import OPS
-
 from tests.test_kernels_deform import draw
 from tests.test_kernels_oracle import DIFFERENTIABLE, Case, implementation, implementations
 
@@ -244,6 +244,15 @@ def test_a_library_is_built_once_and_again_when_something_changes(tmp_path):
     assert built(STAND_IN="2") == complete
     left = sorted(path.name for path in (home / "mmi_kernels" / "_lib").iterdir())
     assert [Path(name).suffix for name in left] == [".json", ".so"] * 2
+
+
+def test_processes_may_build_at_once(tmp_path):
+    home, env = fake_installation(tmp_path)
+    code = "import mmi_kernels.build; print(mmi_kernels.build.build(force=True))"
+    builders = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
+    assert [builder.wait() for builder in builders] == [0, 0, 0]
+    left = sorted(path.suffix for path in (home / "mmi_kernels" / "_lib").iterdir())
+    assert left == [".json", ".so"]
 
 
 def test_a_library_that_does_not_load_is_reported(tmp_path):

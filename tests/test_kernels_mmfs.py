@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mmi_kernels import library, mmfs_attention
 from mmi_kernels.build import BuildError, compiler
-
 from tests.test_kernels_oracle import DIFFERENTIABLE, Case, compare, implementation, implementations
 
 IMPLEMENTATIONS = implementations()

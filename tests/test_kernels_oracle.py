@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from mmi_kernels import library, mmfs_attention, ms_deform_attn, reference
 from torch import Tensor
+
+from mmi_kernels import library, mmfs_attention, ms_deform_attn, reference
 
 DIFFERENTIABLE = (
     "value",

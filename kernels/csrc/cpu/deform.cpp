@@ -290,12 +290,13 @@ void over_images(const Problem& p, int64_t first, int64_t last, F visit) {
 }
 
 // Calls use(maps, stride, padded channels) with the head's maps of an image: copied into the tile,
-// or where they lie when only a few samples are taken.
+// or where they lie when only a few samples are taken (measured on Zen 4, three levels of 1,344
+// positions and 64 channels: copying pays from about one sample a position on).
 template <typename T, typename A, typename F>
 void with_maps(const Problem& p, int64_t image, int64_t head, int64_t seen, Scratch<A>& work, F use) {
   const T* maps = static_cast<const T*>(p.value) + image * p.stride_image + head * p.stride_head;
   const int64_t channels = padded(p.channels);
-  if (channels == p.channels && seen * p.samples() * 2 < p.positions) {
+  if (channels == p.channels && seen * p.samples() < p.positions) {
     use(maps, p.stride_position, channels);
   } else {
     fill_tile(p, maps, work.tile);

@@ -174,7 +174,8 @@ std::tuple<Tensor, Tensor> mmfs_forward(Tensor value, Shapes spatial_shapes, Ten
   STD_TORCH_CHECK(offsets.dim() == 4, "offsets: expected 4 axes");
   p.queries = offsets.size(0);
   const LevelTables levels(p, spatial_shapes, offsets.size(2));
-  set_projections(p, value, {offsets, logits, table_offsets, table_logits, reference_points, visible, sink_value, base, sink});
+  set_projections(p, value, {offsets, logits, table_offsets, table_logits, reference_points, visible, sink_value,
+                             base, sink});
   Tensor out = torch::stable::new_empty(value, {p.queries, p.heads, p.channels});
   Tensor stats = torch::stable::new_empty(value, {2, p.queries, p.heads}, arithmetic_type(value));
   p.out = out.mutable_data_ptr();
@@ -211,7 +212,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mmfs_backward(
   STD_TORCH_CHECK(offsets.dim() == 4, "offsets: expected 4 axes");
   p.queries = offsets.size(0);
   const LevelTables levels(p, spatial_shapes, offsets.size(2));
-  set_projections(p, value, {offsets, logits, table_offsets, table_logits, reference_points, visible, std::nullopt, base, sink});
+  set_projections(p, value, {offsets, logits, table_offsets, table_logits, reference_points, visible, std::nullopt,
+                             base, sink});
   const ScalarType real = arithmetic_type(value);
   p.grad_out = data(grad_out, "grad_out", value.scalar_type(), {p.queries, p.heads, p.channels});
   p.out = const_cast<void*>(data(out, "out", value.scalar_type(), {p.queries, p.heads, p.channels}));
@@ -277,7 +279,8 @@ std::tuple<Tensor, Tensor, Tensor> deform_backward(Tensor grad_out, Tensor value
 
   auto like = [&](const Tensor& of, bool wanted) {
     const auto sizes = of.sizes();
-    return torch::stable::new_empty(of, wanted ? std::vector<int64_t>(sizes.begin(), sizes.end()) : std::vector<int64_t>{0});
+    const Shapes shape = wanted ? Shapes(sizes.begin(), sizes.end()) : Shapes{0};
+    return torch::stable::new_empty(of, shape);
   };
   Tensor grad_value = like(value, for_value), grad_locations = like(locations, for_query);
   Tensor grad_weights = like(weights, for_query);
