@@ -28,6 +28,9 @@ POLL = 0.1
 SETTLE = 1.0
 """Seconds in which ranks that fail together are seen together, to find the one that began."""
 
+SHOW_CURSOR = "\x1b[?25h"
+"""For terminals: a progress bar hides the cursor, and a rank that is killed cannot bring it back."""
+
 PATIENCE = 10.0
 """Seconds that a rank has to end after SIGTERM before it is killed."""
 
@@ -157,6 +160,8 @@ class _Job:
             return 128 + signal.SIGINT
         finally:
             self.end()
+            if sys.stdout.isatty():
+                print(SHOW_CURSOR, end="", flush=True)
             signal.signal(signal.SIGTERM, previous)
 
     def _failed(self) -> dict[int, int]:
