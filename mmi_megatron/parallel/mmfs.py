@@ -130,7 +130,7 @@ class ShardedMMFS(MegatronModule):
         sharded = {}
         for name, child in self.named_children():
             sharded |= sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata)
-        own = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        own = {name: p for name, p in self.named_parameters(recurse=False)}
         axes = {name: getattr(self, name).partition_dim for name in own}
         return sharded | make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets)
 
@@ -157,4 +157,4 @@ class GatedAdd(MegatronModule):
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Megatron's sharded tensor of the gate."""
-        return make_sharded_tensors_for_checkpoint({"gate": self.gate.detach()}, prefix, {}, sharded_offsets)
+        return make_sharded_tensors_for_checkpoint({"gate": self.gate}, prefix, {}, sharded_offsets)
