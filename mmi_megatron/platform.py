@@ -120,6 +120,23 @@ def set_threads(threads: int = 0, local_ranks: int = 1) -> int:
     return chosen
 
 
+def random_states() -> dict[str, torch.Tensor]:
+    """States of torch's generators: ``cpu``, and ``gpu`` where there is one."""
+    import torch
+
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"gpu": torch.cuda.get_rng_state()} if has_gpu() else states
+
+
+def set_random_states(states: dict[str, torch.Tensor]) -> None:
+    """Set what ``random_states`` returned; on a CPU the GPU's state is left aside."""
+    import torch
+
+    torch.set_rng_state(states["cpu"])
+    if has_gpu() and "gpu" in states:
+        torch.cuda.set_rng_state(states["gpu"])
+
+
 def init_process_group(timeout: int) -> None:
     """Join the world described by torchrun's environment variables.
 

@@ -255,8 +255,8 @@ def test_stand_ins_refuse_a_machine_with_cuda(monkeypatch):
 
 @needs_cpu
 def test_stand_ins_refuse_to_start_inside_a_device_context():
-    code = "import torch\nfrom mmi_megatron import platform\nwith torch.device('meta'): platform.prepare_megatron()"
-    done = in_fresh_python(code)
+    code = "import torch\nfrom mmi_megatron.platform import prepare_megatron\n"
+    done = in_fresh_python(code + "with torch.device('meta'): prepare_megatron()")
     assert done.returncode and "before entering" in done.stderr
 
 
@@ -286,6 +286,13 @@ def test_parameter_dtype():
     assert platform.parameter_dtype("fp32") is torch.float32
     with pytest.raises(ValueError, match="train.precision: must be one of fp32, bf16, got 'fp8'"):
         platform.parameter_dtype("fp8")
+
+
+def test_random_states_come_back():
+    states = platform.random_states()
+    drawn = torch.rand(3)
+    platform.set_random_states(states)
+    assert torch.equal(torch.rand(3), drawn)
 
 
 def test_threads_divide_the_cores_among_the_ranks(monkeypatch):

@@ -1,0 +1,202 @@
+"""The ``mmi`` command: parses, loads the settings and calls; everything is imported when it is needed,
+so that ``mmi data`` works where there is no torch."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from data_pipeline.errors import DataError
+from mmi_megatron.errors import ConfigError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+app = typer.Typer(
+    help="MM-Interleaved on Megatron-Core: documents of images and text, read and written.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Preset = Annotated[str, typer.Argument(help="Name of a preset, or a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...", help="Settings to change, as in train.steps=100.", show_default=False
+    ),
+]
+
+
+def reported(command: Callable[P, R]) -> Callable[P, R]:
+    """An error the user can mend is one line and exit code 1; any other keeps its traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except mendable() as error:
+            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def mendable() -> tuple[type[Exception], ...]:
+    """The errors that a user can mend, of those that can have occurred yet."""
+    checkpoint: Any = sys.modules.get("mmi_megatron.train.checkpoint")
+    return (
+        (ConfigError, DataError)
+        if checkpoint is None
+        else (ConfigError, DataError, checkpoint.CheckpointError)
+    )
+
+
+@app.command()
+@reported
+def train(
+    preset: Preset,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run.", show_default="runs/ and the preset's name")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes to start.", show_default="one a GPU, or one replica")
+    ] = None,
+    stop_after: Annotated[
+        int | None, typer.Option(min=1, help="Stop, with a checkpoint, after this many steps of the run.")
+    ] = None,
+) -> None:
+    """Train. Starts its own ranks on one machine; under torchrun it is one of them."""
+    from mmi_megatron.settings import load_config
+
+    config = load_config(preset, overrides or [])
+    from mmi_megatron.train.launch import launch
+
+    folder = out or Path("runs") / Path(preset).stem
+    raise typer.Exit(launch(config, folder, resume=resume, ranks=ranks, stop_after=stop_after))
+
+
+@app.command()
+@reported
+def generate(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
+    prompt: Annotated[Path, typer.Option(help="Document to go on from, JSON.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="HTML page to write; its JSON is put beside it.", show_default=False)
+    ],
+    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 256,
+    min_tokens: Annotated[int, typer.Option(help="Tokens before a stretch of text may end.")] = 0,
+    max_images: Annotated[int, typer.Option(help="Pictures drawn at most.")] = 4,
+    picture_first: Annotated[
+        bool, typer.Option("--picture-first", help="Draw right after the prompt.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among this share of the probability.")] = 1.0,
+    beams: Annotated[int, typer.Option(help="Above 1: beam search, no sampling.")] = 1,
+    length_penalty: Annotated[
+        float, typer.Option(help="Power of the length that divides a beam's score.")
+    ] = 1.0,
+    steps: Annotated[int, typer.Option(help="Denoising steps of a picture.")] = 50,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1: none.")] = 3.5,
+    scheduler: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    seed: Annotated[int, typer.Option(help="Of text and pictures.")] = 0,
+) -> None:
+    """Write a document on, text and pictures, as one HTML page."""
+    from data_pipeline.formats import read_document
+    from mmi_megatron.generate.interleaved import Options
+    from mmi_megatron.generate.interleaved import generate as write
+    from mmi_megatron.generate.load import load_run
+    from mmi_megatron.generate.page import write_page
+    from mmi_megatron.generate.text import TextOptions
+    from mmi_megatron.platform import device
+
+    try:
+        text = TextOptions(temperature, top_k, top_p, beams, length_penalty, min_tokens, max_tokens)
+        options = Options(text, max_images, picture_first, steps, guidance, scheduler, seed)
+    except ValueError as error:
+        raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
+    given = read_document(prompt)
+    document = write(load_run(run, device()), given, options)
+    record = write_page(document, out, {"seed": seed, "steps": steps, "guidance": guidance})
+    typer.echo(f"{out} and {record}")
+
+
+@app.command()
+@reported
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
+) -> None:
+    """Make stories, train on them, stop and resume, judge the result and write an illustrated page."""
+    from mmi_megatron import quickstart as tour
+
+    raise typer.Exit(tour.main(out))
+
+
+@app.command()
+@reported
+def config(preset: Preset, overrides: Overrides = None) -> None:
+    """Print all settings of a preset, as YAML."""
+    from mmi_megatron.settings import dump, load_config
+
+    typer.echo(dump(load_config(preset, overrides or [])), nl=False)
+
+
+@app.command()
+@reported
+def params(
+    preset: Preset,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print the parameters of a preset's model, part by part, trainable and frozen."""
+    from mmi_megatron.settings import load_config
+
+    model = load_config(preset, overrides or []).model
+    from mmi_megatron import params as counting
+
+    parts = counting.count(model)
+    if as_json:
+        typer.echo(json.dumps(counting.as_json(parts), indent=1))
+    else:
+        Console().print(counting.as_table(parts, preset))
+
+
+@app.command()
+@reported
+def doctor() -> None:
+    """Print device, versions, and which fast paths are in use and which fall back."""
+    from mmi_megatron import doctor as examination
+
+    Console().print(examination.as_table(examination.examine()))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def data(context: typer.Context) -> None:
+    """Documents to training data: `mmi data --help`."""
+    from data_pipeline.cli import app as commands
+
+    commands(args=context.args or ["--help"], prog_name="mmi data")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Parameters of a model, part by part, trainable and frozen; built without memory for its weights."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from mmi_megatron.config import ModelConfig
+from mmi_megatron.model.image_decoder import ImageDecoder
+from mmi_megatron.model.language_model import LanguageModel, has_mmfs
+from mmi_megatron.model.mm_interleaved import MMInterleaved
+from mmi_megatron.model.visual_tokenizer import VisualTokenizer
+
+IMAGE_TOKENS = 2
+"""BoI and the placeholder: the last tokens of a vocabulary."""
+
+VISION, LANGUAGE, MMFS, DECODER = (
+    "visual tokenizer",
+    "language model",
+    "language model's MMFS",
+    "image decoder",
+)
+IMAGE_ROWS = "rows of the image tokens, padding"
+
+PARTS = [
+    (r"visual_tokenizer\.vit\.", VISION, "ViT"),
+    (r"visual_tokenizer\.adapter\.", VISION, "ViT-Adapter"),
+    (r"visual_tokenizer\.input_(proj|norm)\.", VISION, "resampler's input"),
+    (r"visual_tokenizer\.position_norm\.", VISION, "resampler's input"),
+    (r"visual_tokenizer\.resampler\.", VISION, "resampler"),
+    (r"visual_tokenizer\.output_proj\.", VISION, "resampler's output"),
+    (r"visual_tokenizer\.learned_tokens", VISION, "learned tokens"),
+    (r"language_model\.embed_tokens\.", LANGUAGE, "embeddings"),
+    (r"language_model\.lm_head\.", LANGUAGE, "head"),
+    (r"language_model\.norm\.", LANGUAGE, "final norm"),
+    (r"language_model\.image_tokens\.", MMFS, "image tokens"),
+    (r"language_model\.layers\.\d+\.mmfs\.attention\.", MMFS, "MMFS"),
+    (r"language_model\.layers\.\d+\.mmfs\.", MMFS, "its norms and gates"),
+    (r"language_model\.layers\.", LANGUAGE, "layers"),
+]
+"""Pattern of a parameter's name, and the group and part it is counted in; the first that fits."""
+
+
+@dataclass
+class Part:
+    """Parameters of one part; ``note`` says what the number is made of."""
+
+    group: str
+    part: str
+    trainable: int = 0
+    frozen: int = 0
+    note: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """Trainable and frozen."""
+        return self.trainable + self.frozen
+
+    def add(self, numbers: int, trainable: bool) -> None:
+        """Count some more."""
+        if trainable:
+            self.trainable += numbers
+        else:
+            self.frozen += numbers
+
+
+def build_on_meta(config: ModelConfig) -> MMInterleaved:
+    """The plain model with shapes and no memory, frozen parts marked."""
+    first = config.language.vocabulary - IMAGE_TOKENS
+    with torch.device("meta"):
+        tokenizer = VisualTokenizer(config.vision, config.language.width)
+        language = LanguageModel(config.language, config.vision.width, tokenizer.shapes, first, first + 1)
+        decoder = None
+        if config.loss.next_image:
+            decoder = ImageDecoder(
+                config.decoder, config.language.width, config.vision.width, tokenizer.shapes
+            )
+        return MMInterleaved(config, language, tokenizer, decoder)
+
+
+def count(config: ModelConfig) -> list[Part]:
+    """Count every parameter of a model once.
+
+    The rows that its vocabulary tables have beyond the text tokens, for the image tokens and as
+    padding, are apart, so that the rest is the language model as it was published.
+    """
+    parts: dict[tuple[str, str], Part] = {}
+
+    def add(group: str, part: str, numbers: int, trainable: bool) -> None:
+        parts.setdefault((group, part), Part(group, part)).add(numbers, trainable)
+
+    text_rows = config.language.vocabulary - IMAGE_TOKENS
+    for name, parameter in build_on_meta(config).named_parameters():
+        group, part = _place(name)
+        numbers = parameter.numel()
+        if part in ("embeddings", "head"):
+            extra = (len(parameter) - text_rows) * config.language.width
+            add(LANGUAGE, IMAGE_ROWS, extra, parameter.requires_grad)
+            numbers -= extra
+        add(group, part, numbers, parameter.requires_grad)
+    if mmfs := parts.get((MMFS, "MMFS")):
+        layers = sum(has_mmfs(config.language, layer) for layer in range(config.language.layers))
+        mmfs.note = f"{layers} x {mmfs.parameters // layers:,}"
+    order = [VISION, LANGUAGE, MMFS, DECODER]
+    return sorted(parts.values(), key=lambda part: order.index(part.group))
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Group and part of a parameter; what no pattern knows is counted under its module's name."""
+    for pattern, group, part in PARTS:
+        if re.match(pattern, name):
+            return group, part
+    module, _, rest = name.partition(".")
+    group = {"visual_tokenizer": VISION, "language_model": LANGUAGE}.get(module, DECODER)
+    return group, rest.split(".")[0]
+
+
+def totals(parts: list[Part]) -> dict[str, Part]:
+    """Sums of the groups, and of everything under ``all``."""
+    sums: dict[str, Part] = {}
+    for part in parts:
+        for group in (part.group, "all"):
+            whole = sums.setdefault(group, Part(group, "all"))
+            whole.trainable += part.trainable
+            whole.frozen += part.frozen
+    sums["all"] = sums.pop("all")
+    return sums
+
+
+def as_json(parts: list[Part]) -> dict[str, Any]:
+    """Everything, for programs."""
+    return {
+        "parts": [asdict(part) | {"parameters": part.parameters} for part in parts],
+        "totals": {
+            name: {"trainable": part.trainable, "frozen": part.frozen, "parameters": part.parameters}
+            for name, part in totals(parts).items()
+        },
+    }
+
+
+def as_table(parts: list[Part], title: str) -> Table:
+    """Everything, for people."""
+    table = Table("part", title=title)
+    for heading in ("parameters", "trainable", "frozen"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    sums = totals(parts)
+    for group, whole in sums.items():
+        table.add_section()
+        table.add_row(group, *_numbers(whole), "", style="bold")
+        for part in parts:
+            if part.group == group:
+                table.add_row(f"  {part.part}", *_numbers(part), part.note)
+    return table
+
+
+def _numbers(part: Part) -> list[str]:
+    return [f"{number:,}" if number else "-" for number in (part.parameters, part.trainable, part.frozen)]
