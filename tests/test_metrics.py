@@ -139,7 +139,7 @@ def test_other_ranks_are_silent(tmp_path):
 
 
 def test_seeds_are_the_same_on_every_machine():
-    # Digests by coreutils: printf '\\x06\\0\\0\\0\\0\\0\\0\\0snoise\\x02...i0\\x02...i0' | b2sum -l 64
+    # coreutils' b2sum -l 64 over the key's bytes: b'\x06' + 7 * b'\0' + b'snoise' + b'\x02' + ...
     assert keyed_seed(0, 0, purpose="noise").to_bytes(8, "little").hex() == "867d8e4b08b865a4"
     known = keyed_seed(7, 3, "story-12", 2, purpose="dropout")
     assert known.to_bytes(8, "little").hex() == "4df4fb70fcc67047"
