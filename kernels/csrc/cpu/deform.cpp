@@ -238,22 +238,28 @@ struct General {
     const int64_t first = (q * p.heads + head) * s.n;
     const A* locations = static_cast<const A*>(p.locations) + 2 * first;
     const A* weights = static_cast<const A*>(p.weights) + first;
-    for (int64_t j = 0; j < s.n; ++j) {
-      s.x[j] = locations[2 * j];
-      s.y[j] = locations[2 * j + 1];
-      s.weight[j] = weights[j];
+    const int64_t n = s.n;
+    A *x = s.x, *y = s.y, *weight = s.weight;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) {
+      x[j] = locations[2 * j];
+      y[j] = locations[2 * j + 1];
+      weight[j] = weights[j];
     }
-    for (int64_t j = s.n; j < padded(s.n); ++j) s.x[j] = s.y[j] = s.weight[j] = 0;
+    for (int64_t j = n; j < padded(n); ++j) x[j] = y[j] = weight[j] = 0;
   }
 
   void accumulate(int64_t q, int64_t, int64_t, A, const Samples<A>& s) const {
     const int64_t first = (q * p.heads + head) * s.n;
     A* locations = static_cast<A*>(p.grad_offsets) + 2 * first;
     A* weights = static_cast<A*>(p.grad_logits) + first;
-    for (int64_t j = 0; j < s.n; ++j) {
-      locations[2 * j] = s.x[j];
-      locations[2 * j + 1] = s.y[j];
-      weights[j] = s.share[0][j];
+    const int64_t n = s.n;
+    const A *x = s.x, *y = s.y, *weight = s.share[0];
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) {
+      locations[2 * j] = x[j];
+      locations[2 * j + 1] = y[j];
+      weights[j] = weight[j];
     }
   }
 };
