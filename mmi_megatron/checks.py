@@ -179,7 +179,8 @@ def _check_decoder(decoder: DecoderConfig) -> None:
         name = f"{where}.unet.channels.{index}"
         _divides(name, channels, f"{where}.unet.norm_groups", unet.norm_groups)
         if attends or index == len(unet.channels) - 1:  # the middle block attends and is as wide as the last
-            _divides(name, channels, f"{where}.unet.head_width", unet.head_width)
+            by = "head_width" if unet.heads is None else "heads"
+            _divides(name, channels, f"{where}.unet.{by}", getattr(unet, by))
     shrinks = 2 ** (len(unet.channels) - 1)
     if vae is None:
         _divides(f"{where}.image_size", decoder.image_size, "the U-Net's down-sampling", shrinks)

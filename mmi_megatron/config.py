@@ -132,12 +132,14 @@ class LanguageConfig:
 
 @dataclass
 class UNetConfig:
-    """Arguments of diffusers' UNet2DConditionModel; ``head_width`` is the width of an attention head."""
+    """Arguments of diffusers' UNet2DConditionModel; ``head_width`` is the width of an attention head.
+    ``heads`` gives every block so many heads instead, whatever its width (Stable Diffusion 1: 8)."""
 
     channels: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
     attention: list[bool] = field(default_factory=lambda: [True, True, True, False])
     layers_per_block: int = 2
     head_width: int = 64
+    heads: int | None = None
     norm_groups: int = 32
     linear_projection: bool = True
 

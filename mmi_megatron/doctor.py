@@ -82,7 +82,6 @@ def flash_attention() -> Finding:
 
 def optimizer() -> Finding:
     """Whose Adam Megatron chose."""
-    platform.prepare_megatron()
     from megatron.core.optimizer import Adam
 
     owner = Adam.__module__.partition(".")[0]

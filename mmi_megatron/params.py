@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
-from mmi_megatron.config import ModelConfig
+from mmi_megatron.config import LanguageConfig, ModelConfig
 from mmi_megatron.model.image_decoder import ImageDecoder
 from mmi_megatron.model.language_model import LanguageModel, has_mmfs
 from mmi_megatron.model.mm_interleaved import MMInterleaved
@@ -24,15 +25,15 @@ VISION, LANGUAGE, MMFS, DECODER = (
     "language model's MMFS",
     "image decoder",
 )
-IMAGE_ROWS = "rows of the image tokens, padding"
+IMAGE_ROWS = "image rows and padding"
 
 PARTS = [
     (r"visual_tokenizer\.vit\.", VISION, "ViT"),
     (r"visual_tokenizer\.adapter\.", VISION, "ViT-Adapter"),
-    (r"visual_tokenizer\.input_(proj|norm)\.", VISION, "resampler's input"),
-    (r"visual_tokenizer\.position_norm\.", VISION, "resampler's input"),
+    (r"visual_tokenizer\.input_(proj|norm)\.", VISION, "resampler, input"),
+    (r"visual_tokenizer\.position_norm\.", VISION, "resampler, input"),
     (r"visual_tokenizer\.resampler\.", VISION, "resampler"),
-    (r"visual_tokenizer\.output_proj\.", VISION, "resampler's output"),
+    (r"visual_tokenizer\.output_proj\.", VISION, "resampler, output"),
     (r"visual_tokenizer\.learned_tokens", VISION, "learned tokens"),
     (r"language_model\.embed_tokens\.", LANGUAGE, "embeddings"),
     (r"language_model\.lm_head\.", LANGUAGE, "head"),
@@ -41,19 +42,25 @@ PARTS = [
     (r"language_model\.layers\.\d+\.mmfs\.attention\.", MMFS, "MMFS"),
     (r"language_model\.layers\.\d+\.mmfs\.", MMFS, "its norms and gates"),
     (r"language_model\.layers\.", LANGUAGE, "layers"),
+    (r"image_decoder\.unet\.", DECODER, "U-Net"),
+    (r"image_decoder\.unet_mmfs\.", DECODER, "MMFS"),
+    (r"image_decoder\.vae\.", DECODER, "VAE"),
+    (r"image_decoder\.context_proj\.", DECODER, "context projection"),
+    (r"image_decoder\.resampler\.", DECODER, "resampler"),
+    (r"image_decoder\.negatives", DECODER, "negatives of guidance"),
 ]
 """Pattern of a parameter's name, and the group and part it is counted in; the first that fits."""
 
 
 @dataclass
 class Part:
-    """Parameters of one part; ``note`` says what the number is made of."""
+    """Parameters of one part; ``layers`` equal ones, where there are several."""
 
     group: str
     part: str
     trainable: int = 0
     frozen: int = 0
-    note: str = ""
+    layers: int = 1
 
     @property
     def parameters(self) -> int:
@@ -83,6 +90,11 @@ def build_on_meta(config: ModelConfig) -> MMInterleaved:
 
 
 def count(config: ModelConfig) -> list[Part]:
+    """Count every parameter of the model that these settings describe, once."""
+    return tally(build_on_meta(config), config.language)
+
+
+def tally(model: MMInterleaved, language: LanguageConfig) -> list[Part]:
     """Count every parameter of a model once.
 
     The rows that its vocabulary tables have beyond the text tokens, for the image tokens and as
@@ -93,20 +105,21 @@ def count(config: ModelConfig) -> list[Part]:
     def add(group: str, part: str, numbers: int, trainable: bool) -> None:
         parts.setdefault((group, part), Part(group, part)).add(numbers, trainable)
 
-    text_rows = config.language.vocabulary - IMAGE_TOKENS
-    for name, parameter in build_on_meta(config).named_parameters():
+    text_rows = language.vocabulary - IMAGE_TOKENS
+    for name, parameter in model.named_parameters():
         group, part = _place(name)
         numbers = parameter.numel()
         if part in ("embeddings", "head"):
-            extra = (len(parameter) - text_rows) * config.language.width
+            extra = (len(parameter) - text_rows) * language.width
             add(LANGUAGE, IMAGE_ROWS, extra, parameter.requires_grad)
             numbers -= extra
         add(group, part, numbers, parameter.requires_grad)
     if mmfs := parts.get((MMFS, "MMFS")):
-        layers = sum(has_mmfs(config.language, layer) for layer in range(config.language.layers))
-        mmfs.note = f"{layers} x {mmfs.parameters // layers:,}"
-    order = [VISION, LANGUAGE, MMFS, DECODER]
-    return sorted(parts.values(), key=lambda part: order.index(part.group))
+        mmfs.layers = sum(has_mmfs(language, layer) for layer in range(language.layers))
+    order = list(dict.fromkeys((group, part) for _, group, part in PARTS)) + [(LANGUAGE, IMAGE_ROWS)]
+    groups = [VISION, LANGUAGE, MMFS, DECODER]
+    ranked = {key: (groups.index(key[0]), place) for place, key in enumerate([*order, *parts])}
+    return [parts[key] for key in sorted(parts, key=lambda key: ranked[key])]
 
 
 def _place(name: str) -> tuple[str, str]:
@@ -144,17 +157,16 @@ def as_json(parts: list[Part]) -> dict[str, Any]:
 
 def as_table(parts: list[Part], title: str) -> Table:
     """Everything, for people."""
-    table = Table("part", title=title)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("part", no_wrap=True)
     for heading in ("parameters", "trainable", "frozen"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
-    sums = totals(parts)
-    for group, whole in sums.items():
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group, whole in totals(parts).items():
         table.add_section()
-        table.add_row(group, *_numbers(whole), "", style="bold")
-        for part in parts:
-            if part.group == group:
-                table.add_row(f"  {part.part}", *_numbers(part), part.note)
+        table.add_row(group, *_numbers(whole), style="bold")
+        for part in (part for part in parts if part.group == group):
+            each = f": {part.layers} x {part.parameters // part.layers:,}" if part.layers > 1 else ""
+            table.add_row(f"  {part.part}{each}", *_numbers(part))
     return table
 
 

@@ -194,7 +194,10 @@ def _declare_torchvision_operators() -> None:
 
 
 def prepare() -> None:
-    """Let torchvision be imported beside a CPU build of torch, whenever that happens."""
+    """Let torchvision be imported beside a CPU build of torch, whenever that happens, and Megatron
+    without its idle warnings."""
+    for message in MEGATRON_CHATTER:
+        warnings.filterwarnings("ignore", message=message)
     waiting = any(isinstance(finder, _TorchvisionCure) for finder in sys.meta_path)
     if not waiting and "torchvision" not in sys.modules:
         sys.meta_path.insert(0, _TorchvisionCure())
@@ -207,8 +210,6 @@ _megatron_on_cpu = False
 
 def prepare_megatron() -> None:
     """Make Megatron-Core run on this device. Call it before anything of Megatron is used."""
-    for message in MEGATRON_CHATTER:
-        warnings.filterwarnings("ignore", message=message)
     if not has_gpu() and not _megatron_on_cpu:
         _put_megatron_on_cpu()
 

@@ -221,6 +221,7 @@ def test_wrong_names_and_types(override, expected):
         (["model.decoder.unet.attention=[true]"], ["unet.attention", "1 for 3"]),
         (["model.decoder.unet.channels=[32,64,100]"], ["channels.2", "norm_groups, 8"]),
         (["model.decoder.unet.head_width=20"], ["channels.1", "head_width, 20"]),
+        (["model.decoder.unet.heads=5"], ["channels.1", "unet.heads, 5"]),
         (["model.decoder.mmfs_placement=everywhere"], ["mmfs_placement", "skip, up, down", "'everywhere'"]),
         (["model.language.mmfs.levels=[4]"], ["model.language.mmfs.levels", "0 to 3"]),
         (["model.language.mmfs.max_images=8"], ["max_images", "1 to 7", "8"]),
