@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmi_megatron.config import Config, LanguageConfig
 from mmi_megatron.model.attention import packed_attention
@@ -86,7 +86,10 @@ def transformer_config(config: Config) -> TransformerConfig:
         sequence_parallel=parallel.sequence,
         expert_tensor_parallel_size=1,
         use_cpu_initialization=device().type == "cpu",
-        perform_initialization=False,
+        # The plain twin's start values are loaded later; what is wanted of Megatron's own is that it
+        # marks which parameters are divided, for the norm of the gradients.
+        init_method=nn.init.zeros_,
+        output_layer_init_method=nn.init.zeros_,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.train.precision == "bf16",

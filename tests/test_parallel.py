@@ -1,0 +1,187 @@
+"""The sharded model against the plain one: gradients of every parameter, then a run of 20 steps.
+
+Everything starts from random gates, gammas, zero convolutions, offsets and tables, so that no path
+hides behind a zero.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ranks import Ranks
+from tests.samples import SPECIAL, random_batch, small_config
+
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
+def randomise(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A value that depends on the parameter's name alone."""
+    generator = torch.Generator().manual_seed(sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
+    noise = torch.randn(tensor.shape, generator=generator)
+    if "norm" in name and name.endswith("weight") and tensor.ndim == 1:
+        return 1 + 0.1 * noise
+    return noise * 0.2 if tensor.ndim < 2 else noise / tensor[0].numel() ** 0.5
+
+
+def plain_model(config):
+    """The whole model around the plain language model, with random weights."""
+    from mmi_megatron.model.image_decoder import ImageDecoder
+    from mmi_megatron.model.language_model import LanguageModel
+    from mmi_megatron.model.mm_interleaved import MMInterleaved
+    from mmi_megatron.model.visual_tokenizer import VisualTokenizer
+
+    torch.manual_seed(0)
+    model = config.model
+    tokenizer = VisualTokenizer(model.vision, model.language.width)
+    language = LanguageModel(model.language, model.vision.width, tokenizer.shapes, SPECIAL.boi, SPECIAL.image)
+    decoder = ImageDecoder(model.decoder, model.language.width, model.vision.width, tokenizer.shapes)
+    whole = MMInterleaved(model, language, tokenizer, decoder)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            parameter.copy_(randomise(name, parameter))
+    return whole
+
+
+def sharded_model(config):
+    """This rank's sharded model with the same random weights."""
+    from mmi_megatron.parallel.model import build_model
+    from mmi_megatron.parallel.plain import load_plain
+
+    twin = plain_model(config)
+    model = build_model(config, SPECIAL)
+    load_plain(model.language_model, twin.language_model.state_dict())
+    model.visual_tokenizer.load_state_dict(twin.visual_tokenizer.state_dict())
+    model.image_decoder.load_state_dict(twin.image_decoder.state_dict())
+    return model
+
+
+def loss_of(losses, config):
+    weights = config.model.loss
+    return weights.next_token * losses.tokens.mean() + weights.next_image * losses.images.mean() + losses.zero
+
+
+def plain_gradients(frozen: bool):
+    """Loss and gradients of the plain model, by plain name."""
+    from mmi_megatron.model.mm_interleaved import prepare
+
+    config = small_config(frozen=frozen)
+    model = plain_model(config)
+    losses = model(prepare(random_batch(SEED), SPECIAL, config.model, torch.device("cpu")), SEED, 3)
+    loss_of(losses, config).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return losses.tokens.detach(), losses.images.detach(), grads
+
+
+def sharded_gradients(tensor: int, frozen: bool, shard_images: bool, drop_maps: bool):
+    """The same on one rank of a tensor-parallel group; gathered to plain names."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from mmi_megatron.model.mm_interleaved import prepare
+    from mmi_megatron.parallel import groups
+    from mmi_megatron.parallel.plain import gather_plain
+
+    config = small_config(tensor, frozen)
+    config.parallel.shard_images = shard_images
+    groups.initialize(config)
+    try:
+        model = sharded_model(config)
+        if drop_maps:
+            model.image_ranks.spread = lambda whole: whole.detach() if whole.ndim == 3 else whole
+        losses = model(prepare(random_batch(SEED), SPECIAL, config.model, torch.device("cpu")), SEED, 3)
+        loss_of(losses, config).backward()
+        grads = {f"language_model.{n}": g for n, g in gather_plain(model.language_model, lambda p: p.grad).items()}
+        group = parallel_state.get_tensor_model_parallel_group()
+        for name, parameter in model.named_parameters():
+            if name.startswith("language_model.") or not parameter.requires_grad:
+                continue
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if shard_images:
+                dist.all_reduce(grad, group=group)
+            grads[name] = grad
+        return losses.tokens.detach(), losses.images.detach(), grads
+    finally:
+        groups.destroy()
+
+
+def assert_same_gradients(got, want):
+    """Each gradient to 1e-5 of its largest entry. A bias on the keys of an attention shifts all its
+    logits alike, so its gradient is zero but for rounding: it is only asked to stay that small."""
+    assert got.keys() == want.keys()
+    largest = {name: float(grad.abs().max()) for name, grad in want.items()}
+    rounding = 1e-6 * max(largest.values())
+    zero = {name for name, size in largest.items() if size < rounding}
+    assert all("key" in name and name.endswith("bias") for name in zero), f"no gradient: {sorted(zero)}"
+    for name, expected in want.items():
+        error = float((got[name] - expected).abs().max())
+        allowed = rounding if name in zero else 1e-5 * largest[name]
+        assert error < allowed, f"{name}: {error / largest[name]:.2e} of its largest entry"
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("tensor, shard_images", [(1, True), (2, True), (2, False)])
+def test_first_step_gradients_equal_the_plain_model(ranks, tensor, shard_images, frozen):
+    tokens, images, want = plain_gradients(frozen)
+    for got in ranks.run(tensor, sharded_gradients, tensor, frozen, shard_images, False):
+        torch.testing.assert_close(got[0], tokens, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got[1], images, atol=1e-5, rtol=1e-5)
+        assert_same_gradients(got[2], want)
+
+
+def test_a_dropped_gradient_of_the_maps_is_seen(ranks):
+    _, _, want = plain_gradients(False)
+    for got in ranks.run(2, sharded_gradients, 2, False, True, True):
+        with pytest.raises(AssertionError, match="of its largest entry"):
+            assert_same_gradients(got[2], want)
+
+
+def twenty_steps(tensor: int):
+    """Losses, gradient norms and the last weights of a short run with Megatron's optimizer."""
+    from mmi_megatron.model.mm_interleaved import prepare
+    from mmi_megatron.parallel import groups
+    from mmi_megatron.parallel.plain import gather_plain
+    from mmi_megatron.train.optimizer import build_optimizer, finish, mark_image_parallel, wrap
+
+    config = small_config(tensor)
+    groups.initialize(config)
+    try:
+        model = sharded_model(config)
+        for part in model.image_parts():
+            mark_image_parallel(part)
+        ddp = wrap(model, config)
+        optimizer, scheduler = build_optimizer(ddp, config)
+        record = []
+        for step in range(20):
+            ddp.zero_grad_buffer()
+            optimizer.zero_grad()
+            inputs = prepare(random_batch(step), SPECIAL, config.model, torch.device("cpu"))
+            losses = ddp(inputs, SEED, step)
+            loss_of(losses, config).backward()
+            norm, skipped = finish(ddp, optimizer)
+            assert not skipped
+            scheduler.step(increment=1)
+            record.append((float(losses.tokens.mean()), float(losses.images.mean()), float(norm)))
+        weights = gather_plain(model.language_model)
+        weights |= {n: p.detach() for n, p in model.named_parameters() if not n.startswith("language_model.")}
+        return record, {name: tensor.clone() for name, tensor in weights.items()}
+    finally:
+        groups.destroy()
+
+
+def test_twenty_steps_agree_at_one_and_two_ranks(ranks):
+    [(one, weights)] = ranks.run(1, twenty_steps, 1)
+    two = ranks.run(2, twenty_steps, 2)
+    # Losses to 1e-5 relative; norms are sums over all parameters of growing rounding differences.
+    for record, other in two:
+        torch.testing.assert_close(torch.tensor(record), torch.tensor(one), atol=0, rtol=1e-5)
+    for name, tensor in two[0][1].items():
+        assert torch.equal(tensor, two[1][1][name]), f"{name} differs between the ranks"
+    assert weights.keys() == two[0][1].keys()
