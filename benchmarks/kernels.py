@@ -203,7 +203,10 @@ def hardware() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
     model = names[0].split(":")[1].strip() if names else platform.processor()
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {status()['instruction_set']}, load {os.getloadavg()[0]:.1f}"
+    running = (
+        f"{torch.get_num_threads()} threads, {status()['instruction_set']}, load {os.getloadavg()[0]:.1f}"
+    )
+    return f"{model}, {os.cpu_count()} cores, {running}"
 
 
 def main() -> None:
