@@ -140,6 +140,7 @@ class Run:
                 expert_tensor_parallel_size=1,
                 gradient_accumulation_fusion=False,
                 hetereogenous_dist_checkpoint=True,
+                perform_initialization=False,
             ),  # fmt: skip
             train_language,
         )

@@ -22,6 +22,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import nn
 
 from mmi_megatron.config import Config
@@ -57,6 +59,7 @@ def wrap(model: nn.Module, config: Config) -> DistributedDataParallel:
     transformer: Any = model.config
     if not transformer.calculate_per_token_loss:
         raise ValueError("the model's Megatron configuration needs calculate_per_token_loss=True")
+    _mark_divided(model)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("nothing to train: every part of the model is frozen")
     return DistributedDataParallel(
@@ -66,6 +69,16 @@ def wrap(model: nn.Module, config: Config) -> DistributedDataParallel:
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
         model,
     )
+
+
+def _mark_divided(model: nn.Module) -> None:
+    """Mark the weights that Megatron's layers divide over the tensor-parallel group. It does so only
+    while it draws their start values, which we load instead; a weight without the mark counts in the
+    gradient norm on the first rank alone."""
+    for module in model.modules():
+        for kind, dim in ((ColumnParallelLinear, 0), (RowParallelLinear, 1), (VocabParallelEmbedding, 0)):
+            if isinstance(module, kind) and not hasattr(module.weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(module.weight, True, dim, 1)
 
 
 def learning_rate(name: str, config: Config) -> float:
