@@ -247,3 +247,38 @@ def weights_alone(tensor: int, path: Path) -> dict:
 
 def test_weights_alone(written, readers):
     same(readers.run(1, weights_alone, 1, written[0]["path"])[0], written[0]["weights"])
+
+
+def whole_model(tensor: int, seed: int, folder: Path | None, path: Path | None) -> dict:
+    """On a rank: the real model, saved or loaded; its undivided weights and the path."""
+    from mmi_megatron.parallel import groups
+    from mmi_megatron.parallel.model import build_model
+    from mmi_megatron.parallel.plain import gather_plain
+    from mmi_megatron.train import checkpoint
+    from mmi_megatron.train.optimizer import build_optimizer, mark_image_parallel, wrap
+    from tests.samples import SPECIAL, small_config
+
+    config = small_config(tensor, seed=seed)
+    groups.initialize(config)
+    try:
+        model = build_model(config, SPECIAL)
+        for part in model.image_parts():
+            mark_image_parallel(part)
+        wrapped = wrap(model, config)
+        optimizer, scheduler = build_optimizer(wrapped, config)
+        if folder:
+            path = checkpoint.save(wrapped, optimizer, scheduler, {}, folder, step=0)
+        else:
+            checkpoint.load(wrapped, optimizer, scheduler, path)
+        weights = gather_plain(model.language_model)
+        for index, part in enumerate(model.image_parts()):
+            weights |= {f"{index}.{name}": value.clone() for name, value in part.state_dict().items()}
+        return {"path": path, "weights": weights}
+    finally:
+        groups.destroy()
+
+
+def test_the_whole_model_before_its_first_step_from_two_ranks_to_one(writers, readers, tmp_path):
+    saved = writers.run(2, whole_model, 2, 1, tmp_path, None)[0]
+    (loaded,) = readers.run(1, whole_model, 1, 2, None, saved["path"])
+    same(loaded["weights"], saved["weights"])

@@ -167,6 +167,16 @@ def test_under_torchrun_this_process_is_the_rank(tmp_path, monkeypatch):
     assert calls == [(config, tmp_path, False, 3)]
 
 
+def test_the_last_line_of_a_log_is_of_this_run_and_no_warning(tmp_path):
+    log = faults.log_path(tmp_path, 0)
+    log.write_text("old\n")
+    start = log.stat().st_size
+    assert faults.first_failure(tmp_path, {0: -9}, {0: start}).error == "nothing"
+    with log.open("a") as file:
+        file.write("useful\n/lib/a.py:3: UserWarning: some\n  warnings.warn(\n\n")
+    assert faults.first_failure(tmp_path, {0: -9}, {0: start}).error == "useful"
+
+
 def test_signals_are_named():
     assert "SIGSEGV" in faults.Failure(0, -signal.SIGSEGV, "").reason
     assert "out of memory" in faults.Failure(0, -signal.SIGKILL, "").reason

@@ -80,11 +80,12 @@ def first_failure(folder: Path, exit_codes: dict[int, int], logs_start: dict[int
 
 
 def _last_line(path: Path, start: int) -> str:
-    """Last line of a log that was written after byte ``start``."""
+    """Last line of a log after byte ``start`` that is no warning and not the inside of one."""
     with path.open("rb") as file:
         file.seek(max(start, path.stat().st_size - 4096))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "nothing"
+        lines = file.read().decode(errors="replace").splitlines()
+    told = [line for line in lines if line.strip() and not line.startswith(" ") and "Warning: " not in line]
+    return told[-1].strip() if told else "nothing"
 
 
 def end_with_parent(parent: int) -> None:
