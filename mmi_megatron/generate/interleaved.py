@@ -162,13 +162,19 @@ class Reader:
 
     @torch.no_grad()
     def draw(self, reading: Reading, options: Options, seed: int) -> np.ndarray:
-        """Draw the picture of the BoI just read: uint8 [3, H, W]."""
-        model, described = self.model, self._describe(reading.tokens)
+        """Draw the picture of the BoI just read: uint8 [3, H, W].
+
+        Raises:
+            ConfigError: when the run has no image decoder.
+        """
+        decoder, described = self.model.image_decoder, self._describe(reading.tokens)
+        if decoder is None:
+            raise ConfigError(f"{self.run.path}: trained without an image decoder, it cannot draw pictures")
         bounds = [(int(described.context_start[-1]), len(reading.tokens) - 1)]
-        context, mask = model.contexts(torch.cat(reading.hidden), bounds, [0])
+        context, mask = self.model.contexts(torch.cat(reading.hidden), bounds, [0])
         references = torch.from_numpy(described.references[-1:]).to(self.run.device)
-        with model.image_decoder.averaged():
-            picture = model.image_decoder.sample(
+        with decoder.averaged():
+            picture = decoder.sample(
                 context,
                 mask,
                 reading.maps,
@@ -217,8 +223,6 @@ def generate(run: Run, prompt: Document, options: Options) -> Document:
         DataError: when the prompt cannot be read.
         ConfigError: when a picture is asked for and the run has no image decoder.
     """
-    if options.picture_first and run.model.image_decoder is None:
-        raise ConfigError(f"{run.path}: trained without an image decoder, it cannot draw a picture first")
     reader = Reader(run)
     writer = _Writer(reader, reader.start(prompt), options)
     ended = writer.picture() if options.picture_first else None

@@ -13,7 +13,7 @@ from mmi_megatron.errors import ConfigError
 from mmi_megatron.model.language_model import LanguageModel
 from mmi_megatron.model.mm_interleaved import MMInterleaved
 from mmi_megatron.parallel import groups
-from mmi_megatron.parallel.model import build_model
+from mmi_megatron.parallel.model import ShardedMMInterleaved, build_model
 from mmi_megatron.parallel.plain import gather_plain
 from mmi_megatron.settings import load_config
 from mmi_megatron.train import checkpoint
@@ -83,7 +83,7 @@ def load_run(run: Path, device: torch.device) -> Run:
     return Run(run, config, model.to(device).eval(), tokenizer, extra["step"], device)
 
 
-def _plain(sharded: MMInterleaved, config: Config, tokenizer: Tokenizer) -> MMInterleaved:
+def _plain(sharded: ShardedMMInterleaved, config: Config, tokenizer: Tokenizer) -> MMInterleaved:
     """The same model around the plain language model; other parts are taken over as they are."""
     special, model = tokenizer.special, config.model
     with torch.device("meta"):

@@ -7,6 +7,7 @@ The language model is handed in: the plain one of ``model.language_model`` or th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -174,7 +175,7 @@ class MMInterleaved(nn.Module):
         super().__init__()
         self.settings = config
         self.visual_tokenizer = tokenizer
-        self.language_model = language
+        self.language_model: Any = language
         self.image_decoder = decoder
         self.image_ranks = images or Images()
         self.freeze()
@@ -245,9 +246,7 @@ class MMInterleaved(nn.Module):
         return self.image_ranks.total(every), zero
 
     @staticmethod
-    def contexts(
-        hidden: Tensor, bounds: list[tuple[int, int]], which: list[int]
-    ) -> tuple[Tensor, Tensor]:
+    def contexts(hidden: Tensor, bounds: list[tuple[int, int]], which: list[int]) -> tuple[Tensor, Tensor]:
         """States from each image's BoI back to its BOS.
 
         Args:
