@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmi_megatron.config import MMFSConfig, UNetConfig
+from mmi_megatron.convert.released_unet import ReleasedUNetMMFS, unet_mmfs, unet_mmfs_table
+from mmi_megatron.convert.rules import save
 from mmi_megatron.model.positions import sincos_2d
 from mmi_megatron.model.unet_mmfs import Looks, UNetMMFS, build_unet, mmfs_sites, position_embedding, run_unet
 from tests.test_mmfs import literal
@@ -211,3 +213,125 @@ def test_positions_mean_the_same_place_at_every_resolution():
     blocks = fine.view(16, 2, 16, 2, 8).mean((1, 3))
     slow = [1, 3, 5, 7]  # of each half, the slow sines and cosines
     torch.testing.assert_close(coarse[2:-2, 2:-2, slow], blocks[2:-2, 2:-2, slow], rtol=0, atol=0.02)
+
+
+# ---------------------------------------------------------------- the release's names and arguments
+
+RELEASED = {"input_channel": 12, "block_out_channels": [8, 16, 16, 16]}
+CHANNELS = [8] * 4 + [16] * 9
+SIDES = [8] * 3 + [4] * 3 + [2] * 3 + [1] * 4
+
+
+def released_state(dtype: torch.dtype = torch.float64, positions: bool = False) -> dict[str, Tensor]:
+    """Random tensors under every name of the release, at small width."""
+    generator, state = torch.Generator().manual_seed(2), {}
+    for index, width in enumerate(CHANNELS):
+        block = "mmfs_mid_block." if index == 12 else f"mmfs_down_blocks.{index}."
+        shapes = {
+            "query_norm.weight": (width,), "query_norm.bias": (width,),
+            "feat_norm.weight": (12,), "feat_norm.bias": (12,),
+            "mmfs.ignore_token": (1, 1, 1, 32), "mmfs.query_relpos.weight": (10, width),
+            "mmfs.sampling_offsets.weight": (256, width), "mmfs.sampling_offsets.bias": (256,),
+            "mmfs.dynamic_offset_mask.weight": (width, width), "mmfs.dynamic_offset_mask.bias": (width,),
+            "mmfs.attention_weights.weight": (576, width), "mmfs.attention_weights.bias": (576,),
+            "mmfs.value_proj.weight": (32, 12), "mmfs.value_proj.bias": (32,),
+            "mmfs.output_proj.weight": (width, 32), "mmfs.output_proj.bias": (width,),
+            "conv.weight": (width, width, 1, 1), "conv.bias": (width,),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            scale = 0.1 if "offsets" in name else 0.3
+            state[block + name] = scale * torch.randn(shape, generator=generator, dtype=dtype)
+        if positions:
+            state[f"{block}pos_embed"] = sincos_2d(64, 64, width).to(dtype)
+    return state
+
+
+def released_inputs(scale: int = 1):
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    features = [normal(2, c, side * scale, side * scale) for c, side in zip(CHANNELS, SIDES, strict=True)]
+    maps = [normal(2, 3, 12, h, w) for h, w in SHAPES]
+    return features[:-1], features[-1], maps
+
+
+@pytest.mark.parametrize("visibility", [[[1, 1, 1], [0, 1, 1]], [[1, 0, 1], [0, 0, 0]]])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_the_releases_unet_mmfs_equals_its_definition(visibility, scale):
+    state = released_state()
+    module = unet_mmfs(state, RELEASED)
+    skips, mid, maps = released_inputs(scale)
+    found, found_mid = module(skips, mid, maps, torch.tensor(visibility))
+    flat = torch.cat([level.flatten(3) for level in maps], 3).transpose(2, 3)
+    for index in (0, 4, 12):  # the definition is slow
+        x, block = [*skips, mid][index], module.core.blocks[index]
+        for row in range(2):
+            seen = flat[row][torch.tensor(visibility[row]).bool()]
+            wanted = added(block, x[row : row + 1], seen, torch.tensor([[0, len(seen)]]))
+            got = [*found, found_mid][index][row : row + 1] - x[row : row + 1]
+            assert wanted.abs().max() > 1e-3
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+def test_the_releases_tensors_go_where_their_names_say():
+    state = released_state()
+    block = unet_mmfs(state, RELEASED).core.blocks[4]
+    theirs = {name.removeprefix("mmfs_down_blocks.4."): t for name, t in state.items() if "blocks.4." in name}
+    assert torch.equal(block.conv.weight, theirs["conv.weight"][:, :, 0, 0])
+    assert torch.equal(block.maps_norm.weight, theirs["feat_norm.weight"])
+    live = theirs["mmfs.attention_weights.weight"].view(16, 4, 9, 16)[:, :, :8]
+    assert torch.equal(block.mmfs.logits.weight, live.reshape(512, 16))
+    assert block.mmfs.base == block.side and block.mmfs.logits.weight.dtype == torch.float64
+
+
+def test_the_releases_names_save_what_they_loaded():
+    state = released_state(torch.float32, positions=True)
+    module = unet_mmfs(state, RELEASED)
+    sites = [(width, 64) for width in CHANNELS]
+    saved = save(module.core.state_dict(), unet_mmfs_table(sites, 16, 4, 8))
+    assert saved.keys() == state.keys()
+    for name, tensor in state.items():
+        if "attention_weights" in name:  # dead rows come back as zeros
+            tensor = tensor.unflatten(0, (16, 4, 9)).clone()
+            tensor[:, :, 8] = 0
+            tensor = tensor.flatten(0, 2)
+        assert torch.equal(saved[name], tensor), name
+
+
+def test_parameters_of_the_release_stay_the_same_ones_at_another_size():
+    module = unet_mmfs(released_state(), RELEASED)
+    before = dict(module.named_parameters())
+    skips, mid, maps = released_inputs()
+    module(skips, mid, maps, torch.ones(2, 3))[1].sum().backward()
+    after = dict(module.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert after["core.blocks.12.conv.weight"].grad is not None
+
+
+def test_a_state_dict_that_does_not_fit_is_refused():
+    def message(**changes) -> str:
+        state = {name: t for name, t in (released_state() | changes).items() if t is not None}
+        with pytest.raises(ValueError) as error:
+            unet_mmfs(state, RELEASED)
+        return str(error.value)
+
+    conv, positions = "mmfs_down_blocks.3.conv.weight", "mmfs_mid_block.pos_embed"
+    assert f"missing ['{conv}']" in message(**{conv: None})
+    assert "missing mmfs_mid_block.mmfs.value_proj.weight" in message(
+        **{"mmfs_mid_block.mmfs.value_proj.weight": None}
+    )
+    assert "left over ['other']" in message(other=torch.zeros(1))
+    assert f"{conv} has shape (8, 8), expected (8, 8, 1, 1)" in message(**{conv: torch.zeros(8, 8)})
+    wrong = torch.zeros(4096, 16)
+    assert f"{positions} is a constant of the model and has another value" in message(**{positions: wrong})
+
+
+def test_features_and_maps_that_do_not_fit_are_refused():
+    module: ReleasedUNetMMFS = unet_mmfs(released_state(), RELEASED)
+    skips, mid, maps = released_inputs()
+    with pytest.raises(ValueError, match="maps: expected 4 of"):
+        module(skips, mid, maps[:3], torch.ones(2, 3))
+    with pytest.raises(ValueError, match="features: expected batch 2 and channels"):
+        module(skips[:11], mid, maps, torch.ones(2, 3))
