@@ -231,3 +231,25 @@ def refuse(room: str, name: str, value) -> str:
 )
 def test_settings_that_do_not_fit_are_refused(ranks, setting, said):
     assert said in ranks.run(1, refuse, *setting)[0]
+
+
+def alone_without_torchrun() -> tuple:
+    """On a process that torchrun did not start: its layout, and whether the environment stayed."""
+    import os
+
+    from mmi_megatron.parallel import groups
+    from tests.tiny import tiny_config
+
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        os.environ.pop(name, None)
+    layout = groups.initialize(tiny_config())
+    groups.destroy()
+    return layout, [name for name in names if name in os.environ]
+
+
+def test_a_process_without_torchrun_is_a_world_of_its_own(ranks):
+    from mmi_megatron.parallel.groups import Layout
+
+    layout, left = ranks.run(1, alone_without_torchrun)[0]
+    assert layout == Layout(0, 1, 0, 1, 0, 1) and left == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,19 +40,11 @@ def initialize(config: Config) -> Layout:
         ConfigError: before any group is started, when the layout does not fit the world.
     """
     platform.prepare_megatron()
-    alone = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    if "WORLD_SIZE" not in os.environ:
-        os.environ.update(alone)
-    world = int(os.environ["WORLD_SIZE"])
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     replicas = data_parallel_size(config, world)
     platform.set_threads(config.train.threads, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
-    platform.init_process_group(config.train.timeout)
+    with _world():
+        platform.init_process_group(config.train.timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
@@ -69,6 +63,31 @@ def initialize(config: Config) -> Layout:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=replicas,
     )
+
+
+@contextlib.contextmanager
+def _world() -> Iterator[None]:
+    """The environment of a world of one where there is none; gone afterwards, so that what this
+    process does and starts next does not take it for torchrun's."""
+    if "WORLD_SIZE" in os.environ:
+        yield
+        return
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    before = {name: os.environ.get(name) for name in alone}
+    os.environ.update(alone)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def seed(value: int) -> None:

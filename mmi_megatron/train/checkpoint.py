@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint import save as save_tensors
 
+from mmi_megatron import platform
 from mmi_megatron.platform import device
 from mmi_megatron.train import checkpoint_folder
 from mmi_megatron.train.checkpoint_folder import RUN
@@ -331,17 +332,12 @@ def _set_adam_step(part: DistributedOptimizer, step: int) -> None:
 
 
 def _random_states() -> dict[str, Tensor]:
-    """Generators of this rank: torch's, the GPU's, and those of Megatron's tracker."""
-    states = {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
-    states["cpu"] = torch.get_rng_state()
-    if device().type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    """Generators of this rank: torch's, and those of Megatron's tracker."""
+    tracked = {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    return tracked | platform.random_states()
 
 
 def _set_random_states(states: dict[str, Tensor]) -> None:
     tracked = {name.removeprefix("tracker."): s for name, s in states.items() if name.startswith("tracker.")}
     get_cuda_rng_tracker().set_states(tracked)
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"])
+    platform.set_random_states(states)
