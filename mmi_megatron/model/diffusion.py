@@ -144,10 +144,14 @@ class Diffusion:
         stepper = self.sampler(scheduler, steps)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-        noise = {"generator": generators} if scheduler == "ddpm" else {}
+        if scheduler == "ddpm":
+            options: dict = {"generator": generators}
+        else:
+            # Where the clean image is clipped, the noise follows from the clipped one.
+            options = {"use_clipped_model_output": self.options["clip_sample"]}
         for t in stepper.timesteps:
             predicted = predict(x, t.to(device).expand(len(x)))
-            x = stepper.step(predicted.float(), t, x, **noise).prev_sample
+            x = stepper.step(predicted.float(), t, x, **options).prev_sample
         return x
 
     def sampler(self, kind: str, steps: int) -> DDIMScheduler | DDPMScheduler:
