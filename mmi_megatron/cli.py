@@ -16,6 +16,9 @@ from rich.console import Console
 from data_pipeline.errors import DataError
 from mmi_megatron.errors import ConfigError
 
+OPTIONAL = ("torch", "megatron", "timm", "diffusers", "transformers")
+"""What a machine that only prepares data does without."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -45,7 +48,11 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except mendable() as error:
             typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            if error.name not in OPTIONAL:
+                raise
+            typer.echo(f"error: this command needs {error.name}, which is not installed here", err=True)
+        raise typer.Exit(1)
 
     return run
 

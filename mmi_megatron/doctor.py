@@ -24,7 +24,9 @@ class Finding:
 
 
 def examine() -> list[tuple[str, list[Finding]]]:
-    """All findings, by section."""
+    """All findings, by section; a machine without torch can prepare data and has no fast paths."""
+    if installed("torch") is None:
+        return [("versions", versions())]
     return [
         ("machine", machine()),
         ("versions", versions()),
@@ -42,8 +44,8 @@ def machine() -> list[Finding]:
 
 def versions() -> list[Finding]:
     """Python and the packages the model rests on."""
-    found = [Finding("python", ".".join(map(str, version_info[:3])))]
-    return found + [Finding(name, installed(name) or "not installed") for name in PACKAGES]
+    python = Finding("python", ".".join(map(str, version_info[:3])))
+    return [python, *(Finding(name, installed(name) or "not installed") for name in PACKAGES)]
 
 
 def installed(distribution: str) -> str | None:

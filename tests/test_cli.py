@@ -146,6 +146,15 @@ def test_data_and_config_work_without_torch(tmp_path):
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["documents"] == 3
     assert mmi("config", "quickstart").returncode == 0
+    refused = mmi("params", "quickstart")
+    assert refused.returncode == 1
+    assert refused.stderr == "error: this command needs torch, which is not installed here\n"
+
+
+def test_doctor_examines_a_machine_without_torch(monkeypatch):
+    monkeypatch.setattr(doctor, "installed", lambda name: None)
+    result = run("doctor")
+    assert result.exit_code == 0 and "not installed" in result.output
 
 
 # Doctor
