@@ -144,12 +144,13 @@ def generate(
 @app.command()
 @reported
 def quickstart(
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
 ) -> None:
     """Make stories, train on them, stop and resume, judge the result and write an illustrated page."""
     from mmi_megatron import quickstart as tour
 
-    raise typer.Exit(tour.main(out))
+    raise typer.Exit(tour.main(out, overrides or []))
 
 
 @app.command()

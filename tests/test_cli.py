@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from data_pipeline.cli import app as data_app
 from mmi_megatron import cli, doctor
+from mmi_megatron import quickstart as tour
 from mmi_megatron.settings import load_config
 from mmi_megatron.train import launch
 
@@ -21,7 +22,7 @@ COMMANDS = {
     "mmi train": "preset overrides --out --resume --ranks --stop-after",
     "mmi generate": "run --prompt --out --max-tokens --min-tokens --max-images --picture-first --temperature "
     "--top-k --top-p --beams --length-penalty --steps --guidance --scheduler --seed",
-    "mmi quickstart": "--out",
+    "mmi quickstart": "overrides --out",
     "mmi config": "preset overrides",
     "mmi params": "preset overrides --json",
     "mmi doctor": "",
@@ -87,6 +88,13 @@ def test_train_writes_under_runs_unless_told(launched):
     _, out, options = launched[0]
     assert out == Path("runs/quickstart")
     assert options == {"resume": False, "ranks": None, "stop_after": None}
+
+
+def test_quickstart_hands_everything_over(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(tour, "main", lambda *arguments: calls.append(arguments) or 4)
+    result = run("quickstart", "train.seed=2", "--out", str(tmp_path))
+    assert (result.exit_code, calls) == (4, [(tmp_path, ["train.seed=2"])])
 
 
 def test_config_prints_what_is_loaded():
