@@ -200,6 +200,7 @@ def test_no_image_costs_nothing_and_every_parameter_can_still_take_part():
             assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
         else:
             assert name.startswith("vae.") or name.endswith("sink_value")
+    assert decoder.requires_grad_(False).zero_term() == 0
 
 
 def test_what_does_not_fit_is_refused():

@@ -90,8 +90,8 @@ class ReleasedUNetMMFS(nn.Module):
         order, visible = intervals(visibility[:, None])
         if order is not None:
             flat = flat[order]
-        *skips, mid = self.core(features, self.core.project(flat), visible)
-        return skips, mid
+        out = self.core(features, self.core.project(flat), visible)
+        return out[:-1], out[-1]
 
     def _fit(self, sides: list[int], shapes: Shapes) -> None:
         """Take on other sizes; the parameters stay the same ones."""

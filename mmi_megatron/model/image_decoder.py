@@ -168,7 +168,8 @@ class ImageDecoder(nn.Module):
             if not guide:
                 return run_unet(self.unet, looks, x, timestep, tokens)
             both = run_unet(self.unet, looks, x.repeat(2, 1, 1, 1), timestep.repeat(2), tokens).float()
-            return guided(*both.chunk(2), guidance)
+            without, with_context = both.chunk(2)
+            return guided(without, with_context, guidance)
 
         latents = self.diffusion.sample(
             predict,
@@ -206,7 +207,10 @@ class ImageDecoder(nn.Module):
 
     def zero_term(self) -> Tensor:
         """A zero through which every trainable parameter takes part in the backward pass."""
-        return 0 * sum(p[(0,) * p.ndim].float() for p in self.parameters() if p.requires_grad)
+        entries = [p[(0,) * p.ndim].float() for p in self.parameters() if p.requires_grad]
+        return (
+            0 * torch.stack(entries).sum() if entries else self.negatives.new_zeros((), dtype=torch.float32)
+        )
 
     def update_average(self) -> None:
         """Take this step's weights into their average, where there is one."""

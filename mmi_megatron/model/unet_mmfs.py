@@ -8,6 +8,7 @@ MMFS can sit between the parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -147,9 +148,8 @@ class UNetMMFS(nn.Module):
 
     def __init__(self, sites: Sequence[tuple[int, int]], maps_width: int, config: MMFSConfig, shapes: Shapes):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            MMFSBlock(channels, side, maps_width, config, shapes) for channels, side in sites
-        )
+        blocks = [MMFSBlock(channels, side, maps_width, config, shapes) for channels, side in sites]
+        self.blocks = cast(Sequence[MMFSBlock], nn.ModuleList(blocks))
 
     def project(self, maps: Tensor) -> list[Tensor]:
         """``MMFSBlock.project`` of every block."""
