@@ -55,7 +55,9 @@ def small_config(tensor: int = 1, frozen: bool = False, **train) -> Config:
     )
     decoder = DecoderConfig(
         image_size=16,
-        unet=UNetConfig(channels=[16, 32], attention=[False, True], layers_per_block=1, head_width=8, norm_groups=4),
+        unet=UNetConfig(
+            channels=[16, 32], attention=[False, True], layers_per_block=1, head_width=8, norm_groups=4
+        ),
         vae=None,
         resampler=ResamplerConfig(
             queries=4, width=32, layers=1, heads=4, ffn=64, cross_every=1, qk_norm=False

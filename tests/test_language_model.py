@@ -82,7 +82,9 @@ def test_packed_documents_equal_separate_ones():
     model = build(CONFIG).double()
     maps = torch.randn(3, 85, 24, dtype=torch.float64)
     tokens = torch.randint(0, 59, (20,))
-    visible = torch.tensor([[0, 0]] * 4 + [[0, 1]] * 5 + [[1, 1]] * 3 + [[1, 2]] * 4 + [[1, 3]] * 4, dtype=torch.int32)
+    visible = torch.tensor(
+        [[0, 0]] * 4 + [[0, 1]] * 5 + [[1, 1]] * 3 + [[1, 2]] * 4 + [[1, 3]] * 4, dtype=torch.int32
+    )
     packed = model(model.embed(tokens), sees([9, 11], visible), maps)
     first = model(model.embed(tokens[:9]), sees([9], visible[:9]), maps[:1])
     second = model(model.embed(tokens[9:]), sees([11], visible[9:] - 1), maps[1:])
@@ -124,7 +126,9 @@ def test_image_tokens_train_beside_a_frozen_model():
     assert torch.equal(model.logits(hidden)[:, 59:], torch.full((5, 2), -5.0))
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"image_tokens", "layers"}
-    assert all(".mmfs." in n for n, p in model.named_parameters() if p.requires_grad and n.startswith("layers"))
+    assert all(
+        ".mmfs." in n for n, p in model.named_parameters() if p.requires_grad and n.startswith("layers")
+    )
     tokens = torch.tensor([3, 59, 60])
     with torch.no_grad():
         model.image_tokens.embedding.fill_(1.0)

@@ -98,7 +98,9 @@ def sharded_gradients(tensor: int, frozen: bool, shard_images: bool, drop_maps: 
             model.image_ranks.spread = lambda whole: whole.detach() if whole.ndim == 3 else whole
         losses = model(prepare(random_batch(SEED), SPECIAL, config.model, torch.device("cpu")), SEED, 3)
         loss_of(losses, config).backward()
-        grads = {f"language_model.{n}": g for n, g in gather_plain(model.language_model, lambda p: p.grad).items()}
+        grads = {
+            f"language_model.{n}": g for n, g in gather_plain(model.language_model, lambda p: p.grad).items()
+        }
         group = parallel_state.get_tensor_model_parallel_group()
         for name, parameter in model.named_parameters():
             if name.startswith("language_model.") or not parameter.requires_grad:
@@ -179,8 +181,7 @@ def twenty_steps(tensor: int):
 def test_twenty_steps_agree_at_one_and_two_ranks(ranks):
     [(one, weights)] = ranks.run(1, twenty_steps, 1)
     two = ranks.run(2, twenty_steps, 2)
-    # Losses to 1e-5 relative; norms are sums over all parameters of growing rounding differences.
-    for record, other in two:
+    for record, _ in two:
         torch.testing.assert_close(torch.tensor(record), torch.tensor(one), atol=0, rtol=1e-5)
     for name, tensor in two[0][1].items():
         assert torch.equal(tensor, two[1][1][name]), f"{name} differs between the ranks"

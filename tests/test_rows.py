@@ -25,9 +25,8 @@ def slow_row(tokens, pair, release, max_images, max_references):
         seen = [i for i, b in enumerate(bois) if start_of[t] <= b and b + 1 <= t]
         visible.append(set(seen[-max_images:] if max_images else seen))
         label = tokens[t + 1] if t + 1 < len(tokens) else None
-        if label is None or label in (SPECIAL.pad, SPECIAL.image, SPECIAL.bos):
-            label = IGNORED
-        elif label == SPECIAL.boi and tokens[t] == SPECIAL.bos:
+        first_image = label == SPECIAL.boi and tokens[t] == SPECIAL.bos
+        if label in (None, SPECIAL.pad, SPECIAL.image, SPECIAL.bos) or first_image:
             label = IGNORED
         elif pair:
             own = [b for b in bois if start_of[b] == start_of[t + 1]]

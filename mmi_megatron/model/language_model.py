@@ -161,8 +161,8 @@ class DecoderLayer(nn.Module):
         self.mmfs = GatedMMFS(config, maps_width, shapes) if has_mmfs(config, layer) else None
         self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config)
-        for projection in [*self.self_attn.children(), *self.mlp.children()]:
-            nn.init.normal_(projection.weight, std=INIT_STD)
+        for weight in [*self.self_attn.parameters(), *self.mlp.parameters()]:
+            nn.init.normal_(weight, std=INIT_STD)
         # Residual branches start small, so that the sum of all of them does not grow with depth.
         for projection in (self.self_attn.o_proj, self.mlp.down_proj):
             nn.init.normal_(projection.weight, std=INIT_STD / (2 * config.layers) ** 0.5)
@@ -188,7 +188,7 @@ class LevelSelect:
             mmfs = replace(config.mmfs, levels=list(range(len(self.levels))))
             self.inner = replace(config, mmfs=mmfs), tuple(shapes[level] for level in self.levels)
 
-    def __call__(self, maps: Tensor | None) -> Tensor | None:
+    def __call__(self, maps: Tensor) -> Tensor:
         return maps if self.inner[1] is self.shapes else select_levels(maps, self.shapes, self.levels)
 
 
@@ -269,7 +269,7 @@ class LanguageModel(nn.Module):
         hidden = embeddings
         if cache is not None and maps is not None:
             maps, cache.images = maps[cache.images :], len(maps)
-        maps = self.select(maps)
+        maps = None if maps is None else self.select(maps)
         for layer in self.layers:
             hidden = layer(hidden, angles, sees, maps, cache)
         return self.norm(hidden)

@@ -271,6 +271,8 @@ class MMInterleaved(nn.Module):
         count = len(inputs.drawn)
         if not count:
             return inputs.drawn
+        if self.image_decoder is None:
+            raise ValueError("model.loss.next_image is 0: this model has no image decoder to draw with")
         mine, owned = self.image_ranks.share(count), self.image_ranks.owned(count)
         context, mask = self.contexts(hidden, inputs.contexts, mine.tolist())
         pictures = self.image_decoder.sample(

@@ -56,13 +56,16 @@ def describe_rows(
     if token_ids.ndim != 2:
         raise ValueError(f"token_ids: expected [B, S], got {tuple(token_ids.shape)}")
     rows, length = token_ids.shape
+    pair: bool | np.ndarray
     if isinstance(pair_source, Tensor):
-        pair_source = pair_source.broadcast_to(token_ids.shape).reshape(-1).cpu().numpy()
+        pair = pair_source.broadcast_to(token_ids.shape).reshape(-1).cpu().numpy()
+    else:
+        pair = pair_source
     described = describe_stream(
         token_ids.reshape(-1).cpu().numpy(),
         np.arange(rows + 1) * length,
         SpecialTokens(bos=bos, eos=eos, pad=pad, boi=boi, image=image_token),
-        pair_source=pair_source,
+        pair_source=pair,
         release=release,
         max_images=max_images,
         max_references=max_references,

@@ -63,7 +63,9 @@ class ShardedLanguageModel(MegatronModule):
             bias=False,
             gather_output=False,
         )
-        self.image_tokens = ImageTokens(language).to(config.params_dtype) if language.train_image_tokens else None
+        self.image_tokens = (
+            ImageTokens(language).to(config.params_dtype) if language.train_image_tokens else None
+        )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See ``LanguageModel.embed``."""
@@ -78,12 +80,13 @@ class ShardedLanguageModel(MegatronModule):
         head_width = self.language.width // self.language.heads
         angles = rotary_angles(sees.position, head_width, self.language.rope_theta)
         hidden = embeddings.unsqueeze(1)
+        maps = self.select(maps)
         if self.config.sequence_parallel:
             hidden = scatter_to_sequence_parallel_region(hidden)
         hidden = self.decoder(
             hidden,
             attention_mask=None,
-            context=self.select(maps).flatten(0, 1).unsqueeze(1),
+            context=maps.flatten(0, 1).unsqueeze(1),
             context_mask=sees.visible,
             rotary_pos_emb=angles[:, None, None],
             packed_seq_params=Documents(sees.bounds),

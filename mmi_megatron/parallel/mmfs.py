@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,10 +128,10 @@ class ShardedMMFS(MegatronModule):
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Megatron's sharded tensors of every parameter."""
-        sharded = {}
+        sharded: dict[str, Any] = {}
         for name, child in self.named_children():
             sharded |= sharded_state_dict_default(child, f"{prefix}{name}.", sharded_offsets, metadata)
-        own = {name: p for name, p in self.named_parameters(recurse=False)}
+        own = dict(self.named_parameters(recurse=False))
         axes = {name: getattr(self, name).partition_dim for name in own}
         return sharded | make_sharded_tensors_for_checkpoint(own, prefix, axes, sharded_offsets)
 

@@ -62,9 +62,7 @@ def build_model(config: Config, special: SpecialTokens) -> ShardedMMInterleaved:
     if model.loss.next_image:
         with torch.random.fork_rng():
             torch.manual_seed(seed + 1)
-            decoder = ImageDecoder(
-                model.decoder, model.language.width, model.vision.width, tokenizer.shapes
-            )
+            decoder = ImageDecoder(model.decoder, model.language.width, model.vision.width, tokenizer.shapes)
     language = ShardedLanguageModel(
         transformer_config(config),
         model.language,

@@ -101,7 +101,10 @@ def layer_rules(config: LanguageConfig, mmfs: bool) -> dict[str, Rule]:
             target + "output_proj.bias": _whole(source + "output_proj.bias"),
         }
         if config.mmfs.kind == "dense":
-            rules |= {target + f"key_proj.{part}": _split(f"{source}key_proj.{part}", 0) for part in ("weight", "bias")}
+            rules |= {
+                target + f"key_proj.{part}": _split(f"{source}key_proj.{part}", 0)
+                for part in ("weight", "bias")
+            }
         else:
             for name in ("offsets", "logits"):
                 rules[f"{target}{name}_weight"] = _split(f"{source}{name}.weight", 1)
@@ -139,7 +142,9 @@ def load_plain(model: ShardedLanguageModel, plain: dict[str, Tensor]) -> None:
     """
     unused = set(plain)
     for prefix, source, rules in _parts(model):
-        tensors = {name.removeprefix(source): tensor for name, tensor in plain.items() if name.startswith(source)}
+        tensors = {
+            name.removeprefix(source): tensor for name, tensor in plain.items() if name.startswith(source)
+        }
         used = _fill(model, prefix, rules, tensors)
         unused -= {source + name for name in used}
     if unused:
@@ -162,7 +167,8 @@ def _fill(model: nn.Module, prefix: str, rules: dict[str, Rule], tensors: dict[s
 
 
 def gather_plain(
-    model: ShardedLanguageModel, of: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.data
+    model: ShardedLanguageModel,
+    of: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.data,
 ) -> dict[str, Tensor]:
     """The plain tensors from all ranks' parameters, the same on every rank (collective).
 
@@ -194,6 +200,7 @@ def initialise(model: ShardedLanguageModel, seed: int) -> None:
         layer = int(source.split(".")[1]) if source else -1
         with torch.random.fork_rng():
             torch.manual_seed(seed * 100_003 + layer + 1)
+            twin: nn.Module
             if source:
                 twin = DecoderLayer(model.language, layer, model.maps_width, model.shapes)
             else:

@@ -50,7 +50,8 @@ class PackedCoreAttention(MegatronModule):
         attention_mask: None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: None = None,
-        packed_seq_params: Documents | None = None,
+        *,
+        packed_seq_params: Documents,
     ) -> Tensor:
         """[T, 1, heads, width] each (fewer heads in key and value with grouped queries) to
         [T, 1, heads * width]."""
@@ -134,5 +135,3 @@ def block_spec(language: LanguageConfig, maps_width: int, shapes) -> Transformer
     """Specs of all layers: MMFS in the cross-attention slot of every ``mmfs_every``-th."""
     layers = [_layer_spec(language, layer, maps_width, shapes) for layer in range(language.layers)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
-
-

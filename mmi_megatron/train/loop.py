@@ -53,7 +53,6 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         check_tokenizer(config, self.tokenizer.size)
         self.stream = Stream(config.data, "train", global_rows=config.train.rows)
-        self.heldout = Stream(config.data, "heldout", global_rows=config.train.rows)
         model = build_model(config, self.tokenizer.special)
         if config.parallel.shard_images:
             for part in model.image_parts():
@@ -122,7 +121,9 @@ class Trainer:
         if not skipped:
             self.scheduler.step(increment=1)
             self._update_average()
-        losses = self._sum([torch.stack([report[name] for report in reports]).sum() for name in ("tokens", "images")])
+        losses = self._sum(
+            [torch.stack([report[name] for report in reports]).sum() for name in ("tokens", "images")]
+        )
         seconds = time.perf_counter() - started
         return {
             "next_token_loss": losses[0] / max(counts.tokens, 1),
@@ -188,13 +189,14 @@ class Trainer:
         self.model.eval()
         train, layout, results = self.config.train, self.layout, {}
         for source in self.config.data.sources:
-            batches = self.heldout.validation_batches(source.name, train.validate_documents, train.micro_rows)
             sums = torch.zeros(4)
-            for batch in batches[layout.dp_rank :: layout.dp_size]:
+            for batch in self.stream.validation_batches(
+                source.name, train.validate_documents, train.micro_rows, layout.dp_rank, layout.dp_size
+            ):
                 losses = self.model(self._prepare(batch), VALIDATION_SEED, 0)
-                kept, drawn = (batch.labels != IGNORED).sum(), len(batch.drawn)
-                sums += torch.tensor([losses.tokens.sum(), kept, losses.images.sum(), drawn])
-            tokens, kept, images, drawn = self._sum(list(sums))
+                counts = float((batch.labels != IGNORED).sum()), len(batch.drawn)
+                sums += torch.tensor([losses.tokens.sum(), losses.images.sum(), *counts])
+            tokens, images, kept, drawn = self._sum(list(sums))
             results[f"{source.name}/next_token_loss"] = tokens / max(kept, 1)
             results[f"{source.name}/next_image_loss"] = images / max(drawn, 1)
         return results
@@ -205,8 +207,8 @@ class Trainer:
         if decoder is None or train.sample_documents == 0:
             return
         self.model.eval()
-        documents = self.heldout.heldout_documents(train.sample_documents)
-        batch = self.heldout.row_of(documents)
+        documents = self.stream.heldout_documents(train.sample_documents)
+        batch = self.stream.row_of(documents)
         inputs = self._prepare(batch)
         with decoder.averaged():
             drawn = self.plain.draw(
