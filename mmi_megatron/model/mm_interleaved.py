@@ -178,6 +178,9 @@ class MMInterleaved(nn.Module):
         self.language_model: Any = language
         self.image_decoder = decoder
         self.image_ranks = images or Images()
+        self.looks = config.language.mmfs.kind != "none" or (
+            decoder is not None and config.decoder.mmfs.kind != "none"
+        )
         self.freeze()
 
     def freeze(self) -> None:
@@ -205,8 +208,9 @@ class MMInterleaved(nn.Module):
         embeddings = self.language_model.embed(inputs.tokens)
         visual = tokens[:count].flatten(0, 1).to(embeddings.dtype)
         embeddings = embeddings.index_copy(0, inputs.placeholders, visual)
-        # Without images the tokenizer still takes part, so that every rank has all gradients.
-        zero = 0 * (tokens[count:].sum() + maps[count:].sum()) if not count else 0
+        # What nothing looks at still takes part, so that every rank has all gradients: the tokenizer
+        # in a batch without images, the adapter where MMFS is off.
+        zero = 0 * (tokens.sum() + maps.sum()) if not (count and self.looks) else 0
         hidden = self.language_model(embeddings, inputs.sees, maps[:count])
         return hidden + zero, maps[:count]
 
