@@ -56,10 +56,10 @@ def main(
     Raises:
         ConfigError: when ``out`` holds something else, or a setting makes no sense.
     """
-    tour = _Tour(out.absolute(), Console())
-    tour.prepare(overrides, stories)
+    tour = _Tour(out.absolute(), overrides, Console())
+    tour.prepare(stories)
     with tour.phase("Stories and tokenizer"):
-        config = tour.data(overrides, stories)
+        config = tour.data(stories)
     half = max(1, config.train.steps // 2)
     for title, last in ((f"Training to step {half}", half), (f"Resuming to step {config.train.steps}", None)):
         with tour.phase(title):
@@ -73,8 +73,8 @@ def main(
 class _Tour:
     """The folder, the terminal and the wall time of each phase."""
 
-    def __init__(self, out: Path, console: Console):
-        self.out, self.console = out, console
+    def __init__(self, out: Path, overrides: Sequence[str], console: Console):
+        self.out, self.overrides, self.console = out, overrides, console
         self.seconds: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -89,10 +89,10 @@ class _Tour:
         """Print a line; paths stay whole, to be copied."""
         self.console.print(words, soft_wrap=True, highlight=False)
 
-    def prepare(self, overrides: Sequence[str], stories: int) -> None:
+    def prepare(self, stories: int) -> None:
         """Decide whether what lies in the folder can be used again."""
         files = b"".join(blob for _, blob in members_of(story(SEED, 0)))
-        settings = dump(load_config(PRESET, overrides)).encode()
+        settings = dump(load_config(PRESET, self.overrides)).encode()
         digest = hashlib.blake2b(settings + files + str(stories).encode(), digest_size=16).hexdigest()
         mark = self.out / MARK
         if mark.is_file() and mark.read_text() != digest:
@@ -105,10 +105,10 @@ class _Tour:
         self.out.mkdir(parents=True, exist_ok=True)
         mark.write_text(digest)
 
-    def data(self, overrides: Sequence[str], stories: int) -> Config:
+    def data(self, stories: int) -> Config:
         """Shards, tokenizer and the settings that name them."""
         shards, tokenizer = self.out / "stories", self.out / "tokenizer.json"
-        wanted = load_config(PRESET, overrides)
+        wanted = load_config(PRESET, self.overrides)
         # The tokenizer is written last: where it is, the shards are whole.
         if not tokenizer.is_file():
             shutil.rmtree(shards, ignore_errors=True)
@@ -123,7 +123,7 @@ class _Tour:
         return load_config(
             PRESET,
             [
-                *overrides,
+                *self.overrides,
                 f"data.sources.0.path={json.dumps(str(shards))}",
                 f"data.tokenizer={json.dumps(str(tokenizer))}",
                 f"model.language.vocabulary={size}",
@@ -144,7 +144,7 @@ class _Tour:
             self.out,
             resume=newest is not None,
             stop_after=last,
-            again=shlex.join(["mmi", "quickstart", "--out", str(self.out)]),
+            again=shlex.join(["mmi", "quickstart", *self.overrides, "--out", str(self.out)]),
         )
 
     def use(self, documents: int) -> None:

@@ -60,7 +60,7 @@ def test_from_nothing_to_a_page_and_again(tmp_path, capfd):
 
 def test_other_settings_start_anew(tmp_path, capsys):
     def prepare(overrides, stories):
-        _Tour(tmp_path / "run", Console()).prepare(overrides, stories)
+        _Tour(tmp_path / "run", overrides, Console()).prepare(stories)
         return capsys.readouterr().out
 
     assert prepare([], 10) == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,7 +71,10 @@ def load_run(run: Path, device: torch.device) -> Run:
     groups.initialize(alone)
     try:
         sharded = build_model(alone, tokenizer.special)
-        extra = checkpoint.load_weights(sharded, newest)
+        with warnings.catch_warnings():
+            # Megatron calls torch's loader by the older of its two names.
+            warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+            extra = checkpoint.load_weights(sharded, newest)
         model = _plain(sharded, config, tokenizer)
     finally:
         groups.destroy()
