@@ -313,6 +313,7 @@ def test_the_average_follows_its_formula_and_is_used_inside_only():
         decoder.update_average()
         decay = min(0.5, (1 + step) / (10 + step))
         wanted = weight.detach().clone() if step == 0 else decay * wanted + (1 - decay) * weight.detach()
+        torch.testing.assert_close(decoder.average.get_buffer("unet.conv_in.weight"), wanted)
     now = weight.detach().clone()
     with decoder.averaged():
         torch.testing.assert_close(decoder.unet.conv_in.weight.detach(), wanted)
