@@ -1,12 +1,14 @@
 """Small illustrated stories with known truth, so that a machine without data can train and be judged.
 
 A story has 3 to 5 pages. Each page says what will be drawn, shows it, and says something that only
-the picture tells. The first page names kind, colour and place of a shape; later ones only say where
-it moves, so that the picture follows from the context. A random digit and the paper's colour, which
-no text announces, are told after the picture, so that the next token depends on the image.
+the picture tells. The first page names kind, colour and place of a shape; later ones say where it
+moves, and every third or so only calls it "it", so that its looks follow from the pages before. A
+random digit and the paper's colour, which no text announces, are told after the picture, so that the
+next token depends on the image.
 
-    A red circle is at the top.  [picture]  The number is 7 and the paper is pink.
-    It moves to the left.        [picture]  ...
+    A red circle is at the top.         [picture]  The number is 7, the paper pink.
+    The red circle moves to the left.   [picture]  The number is 2, the paper white.
+    It moves to the bottom.             [picture]  ...
 
 Everything is a function of (seed, index). Lengths are in units of the picture's side.
 """
@@ -50,8 +52,12 @@ POSITIONS = {
 PLACES = {"top": "at the top", "bottom": "at the bottom", "left": "on the left", "right": "on the right"}
 PLACES["middle"] = "in the middle"
 OPENINGS = ("A {colour} {kind} is {place}.", "Here is a {colour} {kind} {place}.")
-MOVES = ("It moves to the {position}.", "Now it goes to the {position}.")
-CLOSINGS = ("The number is {digit} and the paper is {background}.",)
+MOVES = (
+    "The {colour} {kind} moves to the {position}.",
+    "Now the {colour} {kind} is {place}.",
+    "It moves to the {position}.",
+)
+CLOSINGS = ("The number is {digit}, the paper {background}.",)
 CHANCE = {"colour": 1 / len(COLOURS), "kind": 1 / len(KINDS), "position": 1 / len(POSITIONS)}
 """How often a guess is right."""
 

@@ -109,6 +109,7 @@ def test_digits_and_backgrounds_can_be_told_apart_in_the_picture():
 
 
 def test_stories_tell_the_truth_and_depend_on_their_context():
+    called_it = 0
     for index in range(200):
         made = story(3, index)
         pages = made.metadata["pages"]
@@ -122,9 +123,12 @@ def test_stories_tell_the_truth_and_depend_on_their_context():
             assert page["background"] in after
             assert page["position"] in before or PLACES[page["position"]] in before
             named = page["colour"] in before and page["kind"] in before
-            assert named == (number == 0)
+            assert named or (number and "It" in before)
+            called_it += not named
             if number:
                 assert page["position"] != pages[number - 1]["position"]
+    # Some pages leave the shape's looks to the pages before.
+    assert called_it > 150
 
 
 def test_stories_depend_on_seed_and_index_alone():
