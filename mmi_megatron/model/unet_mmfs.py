@@ -49,6 +49,8 @@ def build_unet(config: UNetConfig, side: int, channels: int, token_width: int) -
         cross_attention_dim=token_width,
         norm_num_groups=config.norm_groups,
         use_linear_projection=config.linear_projection,
+        addition_embed_type="text" if config.pooled_tokens else None,
+        addition_embed_type_num_heads=max(token_width // config.head_width, 1),
     )
 
 
@@ -212,6 +214,8 @@ def run_unet(
         Its prediction, of the sample's shape.
     """
     embedding = unet.time_embedding(unet.time_proj(timestep).to(sample.dtype))
+    if unet.config.addition_embed_type == "text":
+        embedding = embedding + unet.add_embedding(tokens)
     x = unet.conv_in(sample)
     skips = [x]
     for index, block in enumerate(unet.down_blocks):
