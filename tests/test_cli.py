@@ -113,7 +113,7 @@ def test_config_prints_what_is_loaded():
     [
         (["config", "quickstart", "train.stpes=5"], "'train.stpes'; did you mean 'train.steps'"),
         (["config", "quickstrat"], "did you mean 'quickstart'"),
-        (["train", "quickstart", "parallel.tensor=4"], "model.language.heads: 6 does not divide"),
+        (["train", "quickstart", "parallel.tensor=3"], "model.language.heads: 4 does not divide"),
         (["params", "quickstart", "train.steps=many"], "train.steps: expected a whole number"),
         (["generate", "nowhere", "--prompt", "nothing.json", "--out", "x.html"], "nothing.json"),
         (

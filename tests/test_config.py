@@ -14,6 +14,15 @@ from mmi_megatron.config import Config, VAEConfig
 from mmi_megatron.errors import ConfigError
 from mmi_megatron.settings import PRESETS, build, dump, keys, load_config, presets, save_config
 
+SIZES = [
+    "model.language.width=192",
+    "model.language.heads=6",
+    "model.language.kv_heads=6",
+    "model.decoder.unet.channels=[32, 64, 96]",
+    "train.rows=8",
+    "train.micro_rows=4",
+]
+"""Sizes that the tests reckon with, whatever the quickstart is tuned to."""
 NAMES = ["ablation-3b", "full-13b", "manual", "paper-13b", "quickstart", "released-13b"]
 
 
@@ -108,6 +117,7 @@ def test_overrides_of_every_kind():
     config = load_config(
         "quickstart",
         [
+            *SIZES,
             "optimizer.lr=2e-4",
             "train.steps=7",
             "model.language.mmfs.max_images=1",
@@ -156,7 +166,8 @@ def test_own_file_on_top_of_a_preset_and_of_another_file(tmp_path):
     (tmp_path / "base.yaml").write_text("defaults: quickstart\ntrain: {steps: 11, seed: 3}\n")
     (tmp_path / "mine.yaml").write_text("defaults: base.yaml\ntrain: {steps: 12}\n")
     config = load_config(tmp_path / "mine.yaml")
-    assert (config.train.steps, config.train.seed, config.train.rows) == (12, 3, 8)
+    rows = load_config("quickstart").train.rows
+    assert (config.train.steps, config.train.seed, config.train.rows) == (12, 3, rows)
 
 
 # Errors: one line, naming the key, where it stands and what to do
@@ -237,7 +248,7 @@ def test_wrong_names_and_types(override, expected):
 )
 def test_settings_that_do_not_fit_each_other(overrides, expected):
     with pytest.raises(ConfigError) as caught:
-        load_config("quickstart", overrides)
+        load_config("quickstart", [*SIZES, *overrides])
     message = str(caught.value)
     assert all(text in message for text in expected), message
     assert "\n" not in message

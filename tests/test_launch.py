@@ -52,7 +52,7 @@ def start(tmp_path, monkeypatch):
         monkeypatch.setenv("FAKE", what)
         capfd.readouterr()
         began = time.monotonic()
-        config = load_config("quickstart", overrides)
+        config = load_config("quickstart", ["train.rows=8", "train.micro_rows=4", *overrides])
         code = launch.launch(config, tmp_path, module="tests.fake_rank", again="AGAIN", **options)
         return code, capfd.readouterr(), time.monotonic() - began
 
