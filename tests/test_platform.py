@@ -220,15 +220,18 @@ def test_distributed_optimizer_steps(ranks, bf16):
 
 def stand_ins() -> dict[str, bool]:
     platform.prepare_megatron()
-    before = torch.overrides._get_current_function_mode_stack()
+    before = torch.zeros, torch.Tensor.to
     platform.prepare_megatron()
-    after = torch.overrides._get_current_function_mode_stack()
+    after = torch.zeros, torch.Tensor.to
+    with torch.device("meta"):
+        meta = torch.zeros(1)
     x = torch.zeros(2, device="cuda", dtype=torch.bfloat16)
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
         torch.cuda.Event(enable_timing=True).record()
     return {
-        "once": len(before) == len(after) == 1,
+        "once": before == after,
+        "a device context is heeded": meta.is_meta and not torch.zeros(1).is_meta,
         "made on the CPU": x.device.type == "cpu",
         "moved to the CPU": x.to("cuda:0").to(torch.device("cuda")).cuda().device.type == "cpu",
         "other devices stay": torch.zeros(1, device="meta").to("meta").is_meta,
@@ -251,13 +254,6 @@ def test_stand_ins_refuse_a_machine_with_cuda(monkeypatch):
         platform._put_megatron_on_cpu()
     platform.prepare_megatron()
     assert not platform._megatron_on_cpu
-
-
-@needs_cpu
-def test_stand_ins_refuse_to_start_inside_a_device_context():
-    code = "import torch\nfrom mmi_megatron.platform import prepare_megatron\n"
-    done = in_fresh_python(code + "with torch.device('meta'): prepare_megatron()")
-    assert done.returncode and "before entering" in done.stderr
 
 
 def test_importing_the_package_is_cheap():
