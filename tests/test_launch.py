@@ -18,9 +18,11 @@ from mmi_megatron.settings import load_config
 from mmi_megatron.train import faults, launch
 
 STARTER = """
-import sys
+import signal, sys
 from pathlib import Path
 from mmi_megatron.settings import load_config
+# A shell's background jobs, tests among them, start with Ctrl-C ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from mmi_megatron.train.launch import launch
 sys.exit(launch(load_config("quickstart"), Path(sys.argv[1]), module="tests.fake_rank", again="AGAIN"))
 """
@@ -128,7 +130,7 @@ def test_ranks_do_not_outlive_the_launcher(tmp_path, number):
     wait_for(tmp_path / "pid_0", tmp_path / "pid_1")
     time.sleep(0.2)
     os.kill(process.pid, number)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
     expected = -signal.SIGKILL if number == signal.SIGKILL else 128 + number
     assert process.returncode == expected
     assert "Traceback" not in said
