@@ -1,5 +1,6 @@
 # make quickstart   set up, train, resume and write an illustrated page on this machine
 # make test         set up and run the tests
+# make soak         set up and run what is long or needs servers on this machine, with a dated log
 # make check        formatting, lint and types
 # make clean        remove the environment and everything built
 #
@@ -14,13 +15,20 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 BIN = .venv/bin
 export TORCH_INDEX
 
-.PHONY: quickstart test check clean setup setup-dev kernels python
+.PHONY: quickstart test soak check clean setup setup-dev setup-soak kernels python
 
 quickstart: setup kernels
 	$(BIN)/mmi quickstart
 
 test: setup-dev kernels
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not soak and not gpu"
+
+# The log says what ran, when, at which commit and how long it took.
+soak: SHELL = /bin/bash -o pipefail
+soak: setup-soak kernels
+	@mkdir -p runs/soak
+	log=runs/soak/$$(date -u +%Y-%m-%dT%H%M%SZ).log; git log -1 --format='commit %h' | tee $$log; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -v $(SOAK) 2>&1 | tee -a $$log
 
 check: setup-dev
 	$(BIN)/ruff format --check .
@@ -32,6 +40,9 @@ setup: python
 
 setup-dev: python
 	@$(PYTHON) bootstrap.py dev
+
+setup-soak: python
+	@$(PYTHON) bootstrap.py soak
 
 kernels:
 	@$(BIN)/python -m mmi_kernels.build >/dev/null || \
