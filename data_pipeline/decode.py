@@ -1,15 +1,117 @@
-"""Image files to pixels."""
+"""Image files to pixels.
+
+Two decoders, one rule. Where the picture is much larger than what is made of it, a JPEG is decoded at
+1/2, 1/4 or 1/8 of its size, which its DCT gives almost for free, still at least twice as large as
+needed; the rest of the way is an average over areas. Where it is not, it is decoded in full.
+
+``pillow`` is always there. ``turbo`` (simplejpeg and OpenCV, the ``data-fast`` extra) takes the JPEGs and
+leaves the rest, and every JPEG it does not like, to ``pillow``. The two give slightly different pixels,
+so the fingerprint of the decoder is part of the data's position.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+import PIL
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-from data_pipeline.errors import BadSample
+from data_pipeline.errors import BadSample, SettingsError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+DECODERS = ("auto", "pillow", "turbo")
+RULE = 1
+"""Version of the rule; part of the fingerprint."""
+REDUCTIONS = (8, 4, 2)
+OVERSIZE = 2
+"""A reduced JPEG still has at least this many times the pixels a side that are asked for."""
+TURNS = {2: "h", 3: "rr", 4: "v", 5: "t", 6: "r", 7: "rrt", 8: "rrr"}
+"""What an EXIF orientation takes to stand upright: h, v mirror, r a quarter to the right, t transpose."""
+
+
+class Decoder:
+    """Images to squares of pixels.
+
+    Args:
+        name: ``pillow``, ``turbo``, or ``auto``: turbo where its packages can be imported.
+        max_pixels: an image of more pixels is a bad sample; never decoded.
+
+    Raises:
+        SettingsError: when the decoder is unknown or its packages are not there.
+
+    Attributes:
+        name: the decoder that was chosen.
+        fingerprint: changes with anything that may change a pixel.
+    """
+
+    def __init__(self, name: str, max_pixels: int):
+        if name not in DECODERS:
+            raise SettingsError(f"data.decoder: must be one of {', '.join(DECODERS)}, got {name!r}")
+        there = all(importlib.util.find_spec(package) for package in ("cv2", "simplejpeg"))
+        if name == "turbo" and not there:
+            raise SettingsError("data.decoder: turbo needs `pip install mmi-megatron[data-fast]`")
+        self.name = ("turbo" if there else "pillow") if name == "auto" else name
+        self.max_pixels = max_pixels
+        versions = [f"rule {RULE}", f"pillow {PIL.__version__}", f"libjpeg-turbo {_libjpeg()}"]
+        if self.name == "turbo":
+            cv2, simplejpeg = _turbo()
+            versions += [f"simplejpeg {simplejpeg.__version__}", f"opencv {cv2.__version__}"]
+        self.fingerprint = ", ".join([self.name, *versions])
+
+    def squares(self, blob: bytes, out: Sequence[np.ndarray]) -> None:
+        """Decode once and write the largest square in the middle at every size asked for.
+
+        Args:
+            blob: an image file.
+            out: uint8 [3, size, size] each, RGB; filled.
+
+        Raises:
+            BadSample: when it cannot be decoded to the end, or has more than ``max_pixels``.
+        """
+        target = max(square.shape[-1] for square in out)
+        pixels = self._turbo(blob, target) if self.name == "turbo" and blob[:2] == b"\xff\xd8" else None
+        if pixels is None:
+            image, reduced = self._pillow(blob, target)
+            for square in out:
+                way = Image.Resampling.BOX if reduced else Image.Resampling.BICUBIC
+                _planes(np.asarray(_square(image, square.shape[-1], way)), square)
+            return
+        for square in out:
+            _resize_turbo(pixels, square)
+
+    def _pillow(self, blob: bytes, target: int) -> tuple[Image.Image, bool]:
+        image = open_image(blob, self.max_pixels)
+        factor = reduction(image.size, target) if image.format == "JPEG" else 1
+        if factor > 1:
+            image.draft(image.mode, (-(-image.width // factor), -(-image.height // factor)))
+        return _upright(image), factor > 1
+
+    def _turbo(self, blob: bytes, target: int) -> np.ndarray | None:
+        """A JPEG's pixels [h, w, 3], or None: Pillow is to say what is wrong with it, or to decode it."""
+        _, simplejpeg = _turbo()
+        try:
+            height, width, space, _ = simplejpeg.decode_jpeg_header(blob)
+            if space not in ("YCbCr", "Gray") or height * width > self.max_pixels:
+                return None
+            factor = reduction((width, height), target)
+            least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+            pixels = simplejpeg.decode_jpeg(
+                blob, "RGB", **(least if factor > 1 else {}), min_factor=float(factor)
+            )
+        except ValueError:
+            return None
+        return _turned(pixels, TURNS.get(_orientation(blob), ""))
+
+
+def reduction(size: tuple[int, int], target: int) -> int:
+    """1, or by how much to reduce a JPEG of that size while decoding it for squares of ``target``."""
+    return next((factor for factor in REDUCTIONS if min(size) // factor >= OVERSIZE * target), 1)
 
 
 def open_image(blob: bytes, max_pixels: int) -> Image.Image:
@@ -32,28 +134,35 @@ def open_image(blob: bytes, max_pixels: int) -> Image.Image:
 
 
 def decode(blob: bytes, max_pixels: int) -> Image.Image:
-    """Decode an image to RGB: upright by its EXIF tag, transparent parts on white, the first frame.
+    """Decode an image in full to RGB: upright by its EXIF tag, transparent parts on white, the first
+    frame.
 
     Raises:
         BadSample: when it cannot be decoded to the end, or has more than ``max_pixels``.
     """
-    image = open_image(blob, max_pixels)
-    try:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        return _rgb(image)
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError) as error:
-        raise BadSample("image cannot be read", str(error)) from None
+    return _upright(open_image(blob, max_pixels))
 
 
 def crop(image: Image.Image, size: int) -> np.ndarray:
     """The largest square in the middle, resized to ``size`` (bicubic): uint8 [3, size, size]."""
+    square = _square(image, size, Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError) as error:
+        raise BadSample("image cannot be read", str(error)) from None
+
+
+def _square(image: Image.Image, size: int, way: Image.Resampling) -> Image.Image:
+    if image.size == (size, size):
+        return image
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    if image.size != (size, size):
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return image.resize((size, size), way, box=(left, top, left + side, top + side))
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -65,3 +174,64 @@ def _rgb(image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(ground, image).convert("RGB")
     return image.convert("RGB")
+
+
+# The fast decoder
+
+
+@cache
+def _turbo() -> tuple[Any, Any]:
+    """OpenCV, kept from starting threads of its own, and simplejpeg."""
+    import cv2
+    import simplejpeg
+
+    cv2.setNumThreads(0)
+    return cv2, simplejpeg
+
+
+def _libjpeg() -> str:
+    return str(features.version("libjpeg_turbo") or features.version("jpg"))
+
+
+def _resize_turbo(pixels: np.ndarray, out: np.ndarray) -> None:
+    cv2, _ = _turbo()
+    size = out.shape[-1]
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[top : top + side, left : left + side]
+    if side != size:
+        way = cv2.INTER_AREA if side >= OVERSIZE * size else cv2.INTER_LINEAR
+        square = cv2.resize(square, (size, size), interpolation=way if side > size else cv2.INTER_CUBIC)
+    cv2.split(square, [out[0], out[1], out[2]])
+
+
+def _turned(pixels: np.ndarray, turns: str) -> np.ndarray:
+    for turn in turns:
+        if turn == "r":
+            pixels = np.rot90(pixels, -1)
+        elif turn == "t":
+            pixels = pixels.transpose(1, 0, 2)
+        else:
+            pixels = pixels[:, ::-1] if turn == "h" else pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _orientation(blob: bytes) -> int:
+    """The EXIF orientation of a JPEG, 1 where it says none. The segments up to the pixels are walked."""
+    at = 2
+    while at + 4 <= len(blob) and blob[at] == 0xFF and blob[at + 1] != 0xDA:
+        (size,) = struct.unpack_from(">H", blob, at + 2)
+        if blob[at + 1] == 0xE1 and blob[at + 4 : at + 10] == b"Exif\0\0":
+            exif = Image.Exif()
+            try:
+                exif.load(blob[at + 4 : at + 2 + size])
+                return int(exif.get(0x0112, 1))
+            except (SyntaxError, ValueError, TypeError, struct.error, KeyError):
+                return 1  # a broken tag says nothing of how the picture stands
+        at += 2 + size
+    return 1
+
+
+def _planes(pixels: np.ndarray, out: np.ndarray) -> None:
+    out[...] = pixels.transpose(2, 0, 1)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.batch import IMAGE_ID_BITS, PADDING, Batch
-from data_pipeline.decode import crop, decode
+from data_pipeline.decode import Decoder
 from data_pipeline.errors import BadSample
 from data_pipeline.formats import Document, parse_content, read_range
-from data_pipeline.index import IMAGE, Corpus
-from data_pipeline.plan import Part, sample_id
+from data_pipeline.index import IMAGE
+from data_pipeline.plan import sample_id
 from data_pipeline.quarantine import Failure
 from data_pipeline.rows import describe_stream
 from data_pipeline.settings import DataSettings
+from data_pipeline.state import row_checksums
+from data_pipeline.task import Address, Produced, Task
 from data_pipeline.tokens import Tokenizer
+
+Empty = Callable[[tuple[int, ...], Any], np.ndarray]
+"""Makes an array of a shape and dtype whose values do not matter: ``numpy.empty``, or shared memory."""
 
 
 @dataclass
@@ -42,111 +49,121 @@ class Slot:
         return cls(length, PADDING, PADDING, 0, False)
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """Pixels of a micro-batch's images and of its drawn images, and the ids of the images."""
+
+    images: np.ndarray
+    drawn: np.ndarray
+    ids: list[int]
+
+
 class Producer:
     """Makes batches of planned rows.
 
     Args:
         settings: sizes and limits.
-        corpus: the index the plan was made from.
         tokenizer: the one the index was made with.
+        empty: where the pixels are to lie.
+
+    Raises:
+        SettingsError: when ``data.decoder`` is not there.
     """
 
-    def __init__(self, settings: DataSettings, corpus: Corpus, tokenizer: Tokenizer):
+    def __init__(self, settings: DataSettings, tokenizer: Tokenizer, empty: Empty = np.empty):
         self.settings = settings
-        self.corpus = corpus
         self.tokenizer = tokenizer
+        self.empty = empty
+        self.decoder = Decoder(settings.decoder, settings.max_pixels)
 
-    def produce(self, rows: list[list[Part]]) -> tuple[Batch, list[Failure], Counter]:
+    def produce(self, task: Task) -> Produced:
         """Make the batch of some rows.
 
         A sample that cannot be used is masked: its tokens become padding and its images are left
         out, nothing else moves.
 
         Returns:
-            The batch, every row ``context_length`` long; the bad samples; and the number of samples
-            looked at, by source.
+            The batch, every row ``context_length`` long, and what is to be known of it.
         """
-        planned = [(part, self._slot(part)) for row in rows for part in row]
-        slots = iter(planned)
-        laid = []
-        for row in rows:
-            filled = [next(slots)[1] for _ in row]
+        laid, failures = [], []
+        for row in task.rows:
+            filled = [self._slot(address) for address in row]
             rest = self.settings.context_length - sum(slot.length for slot in filled)
             laid.append(filled + ([Slot.padding(rest)] if rest else []))
         batch = self.assemble(laid)
-        failures = [self._failure(part, slot.failure) for part, slot in planned if slot.failure]
-        seen = Counter(self.corpus.sources[part.source].settings.name for part, _ in planned)
-        return batch, failures, seen
+        for row, slots in zip(task.rows, laid, strict=True):
+            for address, slot in zip(row, slots, strict=False):
+                if slot.failure is not None:
+                    failures.append(failure_of(address, slot.failure))
+        seen = Counter(address.source for row in task.rows for address in row)
+        return Produced(batch, row_checksums(batch, self.tokenizer.special.boi), failures, dict(seen))
 
     def assemble(self, rows: list[list[Slot]]) -> Batch:
         """Lay slots end to end and decode their images; a slot with a bad image is masked."""
         slots = [slot for row in rows for slot in row]
         row_starts = _offsets([sum(slot.length for slot in row) for row in rows])
         pair = np.repeat([slot.pair for slot in slots], [slot.length for slot in slots])
-        first = describe_stream(self._tokens(slots), row_starts, self.tokenizer.special, pair_source=pair)
-        pictures = self._pictures(slots, first.image_loss)
-        tokens = self._tokens(slots)
-        final = describe_stream(tokens, row_starts, self.tokenizer.special, pair_source=pair)
+        tokens, special = self._tokens(slots), self.tokenizer.special
+        described = describe_stream(tokens, row_starts, special, pair_source=pair)
+        bad = _failures(slots)
+        pictures = self._pictures(slots, described.image_loss)
+        if _failures(slots) > bad:
+            tokens = self._tokens(slots)
+            described = describe_stream(tokens, row_starts, special, pair_source=pair)
         cu_seqlens, source, samples = _documents(slots)
-        size, drawn_size = self.settings.image_size, self.settings.drawn_size
         batch = Batch(
             tokens=tokens,
-            labels=final.labels,
+            labels=described.labels,
             row_starts=row_starts,
             cu_seqlens=cu_seqlens,
             source=source,
             sample_ids=samples,
-            images=_stack([small for small, _, _ in pictures], size),
-            image_ids=np.array([identity for _, _, identity in pictures], np.int64),
-            drawn=_stack([large for _, large, _ in pictures if large is not None], drawn_size),
-            drawn_index=np.flatnonzero(final.image_loss).astype(np.int32),
+            images=pictures.images,
+            image_ids=np.array(pictures.ids, np.int64),
+            drawn=pictures.drawn,
+            drawn_index=np.flatnonzero(described.image_loss).astype(np.int32),
         )
         batch.validate()
         return batch
 
-    def document(self, source: int, number: int) -> Document:
+    def document(self, address: Address) -> Document:
         """Read a document of the corpus as it stands in its shard.
 
         Raises:
             BadSample: when it cannot be read.
         """
-        entry = self.corpus.sources[source].entries[number]
-        shard = self.corpus.sources[source].shards[entry.shard]
-        pieces, metadata = parse_content(read_range(shard, *entry.json))
-        places = iter(entry.images)
+        pieces, metadata = parse_content(read_range(address.shard, *address.json))
+        places = iter(address.images)
         content: list[str | bytes] = [
-            read_range(shard, *next(places)) if kind == "image" else value for kind, value in pieces
+            read_range(address.shard, *next(places)) if kind == "image" else value for kind, value in pieces
         ]
-        return Document(entry.key, content, metadata)
+        return Document(address.key, content, metadata)
 
-    def slot_of(self, document: Document, source: int, sample: int, end: bool) -> Slot:
+    def slot_of(self, document: Document, source: int, pair: bool, sample: int, end: bool) -> Slot:
         """A whole document as a slot, with EOS where ``end`` says so."""
         special = self.tokenizer.special
         tokens = [special.bos]
         for piece in document.content:
             tokens += self._image_tokens() if isinstance(piece, bytes) else self.tokenizer.encode(piece)
         tokens += [special.eos] * end
-        pair = 0 <= source < len(self.corpus.sources) and self._is_pair(source)
         return Slot(len(tokens), source, sample, 0, pair, tokens, document.images)
 
-    def _slot(self, part: Part) -> Slot:
+    def _slot(self, address: Address) -> Slot:
+        part = address.part
         sample = sample_id(part.source, part.number)
-        slot = Slot(part.length, part.source, sample, part.first_image, self._is_pair(part.source))
+        slot = Slot(part.length, part.source, sample, part.first_image, address.pair)
         try:
-            self._read(part, slot)
+            self._read(address, slot)
         except BadSample as failure:
             slot.failure = failure
         return slot
 
-    def _read(self, part: Part, slot: Slot) -> None:
+    def _read(self, address: Address, slot: Slot) -> None:
         """Read and encode a part; its images are read but not decoded."""
-        source = self.corpus.sources[part.source]
-        entry = source.entries[part.number]
-        shard = source.shards[entry.shard]
-        pieces, _ = parse_content(read_range(shard, *entry.json))
-        places = iter(entry.images)
+        part, lengths = address.part, address.pieces
+        pieces, _ = parse_content(read_range(address.shard, *address.json))
+        places = iter(address.images)
         where = [next(places, None) if kind == "image" else None for kind, _ in pieces]
-        lengths = entry.pieces
         if part.flipped:
             pieces, where, lengths = pieces[::-1], where[::-1], lengths[::-1]
         if [kind == "image" for kind, _ in pieces] != [length == IMAGE for length in lengths]:
@@ -157,7 +174,7 @@ class Producer:
             place = where[segment.piece]
             if place is not None:
                 tokens += self._image_tokens()
-                slot.images.append(read_range(shard, *place))
+                slot.images.append(read_range(address.shard, *place))
                 continue
             own = self.tokenizer.encode(pieces[segment.piece][1])
             if len(own) != lengths[segment.piece]:
@@ -166,46 +183,53 @@ class Producer:
             tokens += own[segment.start : segment.stop]
         slot.tokens = tokens + [special.eos] * part.last
 
-    def _pictures(self, slots: list[Slot], image_loss: np.ndarray) -> list[tuple]:
-        """Input pixels, drawn pixels or None, and id of every image of the slots that stay good."""
-        pictures, loss = [], iter(image_loss.tolist())
+    def _pictures(self, slots: list[Slot], image_loss: np.ndarray) -> Pictures:
+        """Decode the images of the slots that are good; those of a slot with a bad one are left out."""
+        size, drawn_size = self.settings.image_size, self.settings.drawn_size
+        loss = image_loss.tolist()
+        images = self.empty((len(loss), 3, size, size), np.uint8)
+        drawn = self.empty((sum(loss), 3, drawn_size, drawn_size), np.uint8)
+        ids: list[int] = []
+        large = at = 0
         for slot in slots:
             if slot.failure is not None:
                 continue
-            draws = [next(loss) for _ in slot.images]
+            draws = loss[at : at + len(slot.images)]
+            at += len(slot.images)
+            small, filled = len(ids), large
             try:
-                own = [self._picture(blob, draw) for blob, draw in zip(slot.images, draws, strict=True)]
+                for number, (blob, draw) in enumerate(zip(slot.images, draws, strict=True)):
+                    out = [images[small + number]] + ([drawn[filled]] if draw else [])
+                    self.decoder.squares(blob, out)
+                    filled += draw
             except BadSample as failure:
                 slot.failure = failure
                 continue
             first = slot.sample << IMAGE_ID_BITS | slot.first_image
-            pictures += [(small, large, first + number) for number, (small, large) in enumerate(own)]
-        return pictures
-
-    def _picture(self, blob: bytes, draw: bool) -> tuple[np.ndarray, np.ndarray | None]:
-        image = decode(blob, self.settings.max_pixels)
-        small = crop(image, self.settings.image_size)
-        return small, crop(image, self.settings.drawn_size) if draw else None
+            ids += range(first, first + len(slot.images))
+            large = filled
+        return Pictures(images[: len(ids)], drawn[:large], ids)
 
     def _tokens(self, slots: list[Slot]) -> np.ndarray:
         pad = self.tokenizer.special.pad
         good = [
             slot.tokens if slot.tokens and slot.failure is None else [pad] * slot.length for slot in slots
         ]
-        return np.concatenate([np.array(tokens, np.int32) for tokens in good])
+        return np.array([token for tokens in good for token in tokens], np.int32)
 
     def _image_tokens(self) -> list[int]:
         special = self.tokenizer.special
         return [special.boi] + [special.image] * self.settings.image_tokens
 
-    def _is_pair(self, source: int) -> bool:
-        return self.corpus.sources[source].settings.kind == "pairs"
 
-    def _failure(self, part: Part, failure: BadSample) -> Failure:
-        source = self.corpus.sources[part.source]
-        entry = source.entries[part.number]
-        shard = source.shards[entry.shard].name
-        return Failure(source.settings.name, shard, entry.key, failure.reason, failure.detail)
+def failure_of(address: Address, failure: BadSample) -> Failure:
+    """The ledger's line of a bad sample."""
+    shard = address.shard.rpartition("/")[2]
+    return Failure(address.source, shard, address.key, failure.reason, failure.detail)
+
+
+def _failures(slots: list[Slot]) -> int:
+    return sum(slot.failure is not None for slot in slots)
 
 
 def _documents(slots: list[Slot]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -226,7 +250,3 @@ def _documents(slots: list[Slot]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _offsets(lengths: list[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-
-
-def _stack(images: list[np.ndarray], size: int) -> np.ndarray:
-    return np.stack(images) if images else np.empty((0, 3, size, size), np.uint8)

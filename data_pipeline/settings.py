@@ -9,6 +9,10 @@ from fractions import Fraction
 from data_pipeline.errors import SettingsError
 
 KINDS = ("interleaved", "pairs")
+EXECUTORS = ("inline", "threads", "processes", "ray")
+CHANGES = ("manifest", "tokenizer", "decoder", "settings")
+"""What ``accept_changes`` may name."""
+
 MAX_SOURCES = 256
 """An image's id keeps 8 bits for its source."""
 
@@ -49,6 +53,21 @@ class DataSettings:
         max_pixels: an image of more pixels is a bad sample; never decoded.
         failure_limit: the run stops when a source has more than this fraction of bad samples.
         seed: of the order of samples and of which side of its text a pair's image is on.
+        decoder: ``pillow``; ``turbo``, about three times as fast (simplejpeg and OpenCV, the
+            ``data-fast`` extra); ``auto``, turbo where it can be imported.
+        executor: where batches are made. ``inline``: in the trainer, when it asks for them;
+            ``threads``: ahead of it in threads; ``processes``: ahead of it in processes of their own,
+            over shared memory; ``ray``: on a Ray cluster. All give the same batches in the same order.
+        workers: threads, processes or Ray actors that make them.
+        prefetch: steps made ahead of the one that is trained on.
+        prefetch_bytes: pixels held ahead at most, on each data-parallel rank; the next step always
+            may be made, however large.
+        task_timeout: seconds that a worker may take for a micro-batch; then it is asked again
+            elsewhere.
+        ray_address: of the cluster: ``auto`` takes the one this machine is part of, ``local`` starts
+            one for this run, or ``host:port``.
+        accept_changes: what may have changed when a run resumes: manifest, tokenizer, decoder,
+            settings. Anything else that has is an error.
     """
 
     sources: list[SourceSettings] = field(default_factory=list)
@@ -63,6 +82,14 @@ class DataSettings:
     max_pixels: int = 89_478_485
     failure_limit: float = 0.05
     seed: int = 0
+    decoder: str = "auto"
+    executor: str = "inline"
+    workers: int = 2
+    prefetch: int = 2
+    prefetch_bytes: int = 2 << 30
+    task_timeout: float = 300.0
+    ray_address: str = "auto"
+    accept_changes: list[str] = field(default_factory=list)
 
 
 def check_settings(settings: DataSettings) -> None:
@@ -84,7 +111,8 @@ def check_settings(settings: DataSettings) -> None:
             raise SettingsError(f"{where}.kind: must be one of {', '.join(KINDS)}, got {source.kind!r}")
         if not 0 < source.weight < float("inf"):
             raise SettingsError(f"{where}.weight: must be above 0, got {source.weight}")
-    for name in ("image_tokens", "image_size", "drawn_size", "window", "max_pixels"):
+    _check_service(settings)
+    for name in ("image_tokens", "image_size", "drawn_size", "window", "max_pixels", "workers", "prefetch"):
         if getattr(settings, name) < 1:
             raise SettingsError(f"data.{name}: must be at least 1, got {getattr(settings, name)}")
     if settings.max_images_per_row is not None and settings.max_images_per_row < 1:
@@ -97,6 +125,19 @@ def check_settings(settings: DataSettings) -> None:
             f"data.context_length: {settings.context_length} does not hold one image of "
             f"{settings.image_tokens} tokens with BOS, BoI and EOS"
         )
+
+
+def _check_service(settings: DataSettings) -> None:
+    if settings.executor not in EXECUTORS:
+        raise SettingsError(
+            f"data.executor: must be one of {', '.join(EXECUTORS)}, got {settings.executor!r}"
+        )
+    for name in ("prefetch_bytes", "task_timeout"):
+        if getattr(settings, name) <= 0:
+            raise SettingsError(f"data.{name}: must be above 0, got {getattr(settings, name)}")
+    for change in settings.accept_changes:
+        if change not in CHANGES:
+            raise SettingsError(f"data.accept_changes: {change!r} is none of {', '.join(CHANGES)}")
 
 
 def whole_weights(settings: DataSettings) -> list[int]:

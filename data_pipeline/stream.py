@@ -8,7 +8,6 @@ exactly, at any number of ranks. Nothing is decoded before a rank asks for its b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +15,19 @@ import numpy as np
 
 from data_pipeline.batch import Batch
 from data_pipeline.decode import decode
-from data_pipeline.errors import BadSample, DataError, ResumeError
+from data_pipeline.errors import BadSample, DataError
 from data_pipeline.formats import Document
 from data_pipeline.index import Corpus, open_corpus
 from data_pipeline.mix import next_source
 from data_pipeline.pack import pack
 from data_pipeline.plan import SAMPLE_BITS, Part, keyed, parts_of, permuted
-from data_pipeline.produce import Producer
-from data_pipeline.quarantine import Failure, Ledger
+from data_pipeline.produce import Producer, failure_of
+from data_pipeline.quarantine import Ledger
 from data_pipeline.settings import DataSettings, check_settings, whole_weights
+from data_pipeline.state import SCHEMA, check_state, fixed_settings
+from data_pipeline.task import Address, Produced, Task
 from data_pipeline.tokens import load_tokenizer
 
-SCHEMA = 1
 SPLITS = ("train", "heldout")
 ORDER, FLIP, ROWS, VALIDATION = range(4)
 """What a keyed choice is for: order of samples, side of a pair's image, order of rows, validation."""
@@ -114,7 +114,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class Step:
-    """The global batch of one optimizer step.
+    """The global batch of one optimizer step, planned.
 
     Attributes:
         number: of the step, from 0.
@@ -126,11 +126,10 @@ class Step:
     number: int
     rows: list[list[Part]]
     state: dict[str, Any]
-    _make: Callable[[list[list[Part]]], Batch]
-    _cost: Callable[[list[Part]], float]
+    _stream: Stream
 
-    def batches(self, rank: int, ranks: int, rows_per_micro_batch: int, count: int) -> list[Batch]:
-        """The micro-batches of one data-parallel rank, in order.
+    def division(self, rank: int, ranks: int, rows_per_micro_batch: int, count: int) -> list[list[int]]:
+        """Which rows the micro-batches of one data-parallel rank take, in order.
 
         The rows of the step are the same for any division; they are dealt so that ranks, and the
         micro-batches of a rank, cost about the same.
@@ -140,6 +139,9 @@ class Step:
             rows_per_micro_batch: rows of one batch.
             count: micro-batches of the rank; ``ranks * rows_per_micro_batch * count`` is the step.
 
+        Returns:
+            Numbers of rows, for each micro-batch.
+
         Raises:
             ValueError: when the division does not come out even.
         """
@@ -148,10 +150,19 @@ class Step:
                 f"rank {rank} of {ranks} with {count} micro-batches of {rows_per_micro_batch} rows does not "
                 f"divide a step of {len(self.rows)} rows"
             )
-        costs = [self._cost(row) for row in self.rows]
+        costs = [self._stream.cost(row) for row in self.rows]
         own = balance(costs, ranks)[rank]
         groups = balance([costs[index] for index in own], count)
-        return [self._make([self.rows[own[index]] for index in group]) for group in groups]
+        return [[own[index] for index in group] for group in groups]
+
+    def task(self, rows: list[int]) -> Task:
+        """What a worker needs to make a micro-batch of these rows."""
+        return self._stream.task([self.rows[row] for row in rows])
+
+    def batches(self, rank: int, ranks: int, rows_per_micro_batch: int, count: int) -> list[Batch]:
+        """The micro-batches of one data-parallel rank, made here and now; see ``division``."""
+        groups = self.division(rank, ranks, rows_per_micro_batch, count)
+        return [self._stream.produce([self.rows[row] for row in group]) for group in groups]
 
 
 def balance(costs: list[float], bins: int) -> list[list[int]]:
@@ -205,7 +216,7 @@ class Stream:
         self.planner = Planner(settings, self.corpus, split)
         if split == "train":
             self.planner.check()
-        self.producer = Producer(settings, self.corpus, self.tokenizer)
+        self.producer = Producer(settings, self.tokenizer)
         self._step = 0
         self._drawn = [0] * len(settings.sources)  # samples of each source before the window
         self._row = 0  # rows of the window that are used up
@@ -221,10 +232,10 @@ class Stream:
             taken = planned[self._row : self._row + self.global_rows - len(rows)]
             rows += taken
             self._row += len(taken)
-            if self._row == len(planned):
+            if self._row >= len(planned):
                 self._drawn, self._row, self._window = after, 0, None
         self._step += 1
-        return Step(self._step - 1, rows, self.state(), self._produce, self._cost)
+        return Step(self._step - 1, rows, self.state(), self)
 
     def state(self) -> dict[str, Any]:
         """Position after the last step taken, as JSON values (about 1 KB)."""
@@ -232,7 +243,8 @@ class Stream:
             "schema": SCHEMA,
             "manifest": self.corpus.manifest,
             "tokenizer": self.tokenizer.fingerprint,
-            "settings": self._fixed(),
+            "decoder": self.producer.decoder.fingerprint,
+            "settings": fixed_settings(self.settings, self.split),
             "cursor": {"step": self._step, "drawn": list(self._drawn), "row": self._row},
         }
 
@@ -240,30 +252,17 @@ class Stream:
         """Continue where ``state`` was taken.
 
         Raises:
-            ResumeError: when it belongs to other data, another tokenizer or other settings; it names
-                what has changed.
+            ResumeError: when it belongs to other data, another tokenizer, image decoder or other
+                settings; it names what has changed, unless ``data.accept_changes`` does.
         """
-        own = self.state()
-        if not isinstance(state, dict) or state.get("schema") != SCHEMA or own.keys() != state.keys():
-            raise ResumeError("data position: not one this version can read")
-        changed = [
-            f"data.{name} was {state['settings'].get(name)!r}, now {value!r}"
-            for name, value in own["settings"].items()
-            if state["settings"].get(name) != value
-        ]
-        if state["tokenizer"] != own["tokenizer"]:
-            changed.append(f"another tokenizer ({self.settings.tokenizer})")
-        if state["manifest"] != own["manifest"]:
-            changed.append("other documents in the shards (manifest)")
-        if changed:
-            raise ResumeError(f"cannot continue at the saved data position: {'; '.join(changed)}")
+        check_state(state, self.state(), self.settings.accept_changes)
         cursor = state["cursor"]
         self._step, self._drawn, self._row = cursor["step"], list(cursor["drawn"]), cursor["row"]
         self._window = self.planner.window(self._drawn) if self._row else None
 
-    def validation_batches(
+    def validation_tasks(
         self, source: str | int, documents: int, rows_per_micro_batch: int, rank: int = 0, ranks: int = 1
-    ) -> list[Batch]:
+    ) -> list[Task]:
         """Held-out documents of a source, packed; the same ones each time.
 
         Args:
@@ -283,7 +282,14 @@ class Stream:
         ]
         rows = self.planner.pack(parts)
         groups = [rows[at : at + rows_per_micro_batch] for at in range(0, len(rows), rows_per_micro_batch)]
-        return [self._produce(group) for group in groups[rank::ranks]]
+        return [self.task(group) for group in groups[rank::ranks]]
+
+    def validation_batches(
+        self, source: str | int, documents: int, rows_per_micro_batch: int, rank: int = 0, ranks: int = 1
+    ) -> list[Batch]:
+        """The batches of ``validation_tasks``, made here and now."""
+        tasks = self.validation_tasks(source, documents, rows_per_micro_batch, rank, ranks)
+        return [self.record(self.producer.produce(task)).batch for task in tasks]
 
     def heldout_documents(self, documents: int, source: str | int = 0) -> list[Document]:
         """The first held-out documents of a source whose images all decode, with their metadata.
@@ -296,17 +302,16 @@ class Stream:
         for index in self._heldout(number):
             if len(found) == documents:
                 break
-            name = self.settings.sources[number].name
+            address = self.address(self.planner.parts(number, index, 0)[0])
+            name = address.source
             try:
-                document = self.producer.document(number, index)
+                document = self.producer.document(address)
                 for blob in document.images:
                     decode(blob, self.settings.max_pixels)
                 found.append(document)
                 self.ledger.record({name: 1}, [])
             except BadSample as bad:
-                entry = self.corpus.sources[number].entries[index]
-                shard = self.corpus.sources[number].shards[entry.shard].name
-                self.ledger.record({name: 1}, [Failure(name, shard, entry.key, bad.reason, bad.detail)])
+                self.ledger.record({name: 1}, [failure_of(address, bad)])
         return found
 
     def row_of(self, documents: Document | list[Document], end: bool = True, source: str | int = 0) -> Batch:
@@ -321,11 +326,13 @@ class Stream:
             DataError: when one does not fit the context length, or an image cannot be decoded.
         """
         given = [documents] if isinstance(documents, Document) else documents
+        number = self._source(source)
+        pair = self.settings.sources[number].kind == "pairs"
         rows = []
         for document in given:
             digest = hashlib.blake2b(document.key.encode(), digest_size=8).digest()
             sample = int.from_bytes(digest, "little") >> (64 - SAMPLE_BITS)
-            slot = self.producer.slot_of(document, self._source(source), sample, end)
+            slot = self.producer.slot_of(document, number, pair, sample, end)
             if slot.length > self.settings.context_length:
                 raise DataError(
                     f"document {document.key!r}: {slot.length} tokens, more than "
@@ -338,12 +345,41 @@ class Stream:
                 raise DataError(f"document {document.key!r}: {slot.failure}")
         return batch
 
-    def _produce(self, rows: list[list[Part]]) -> Batch:
-        batch, failures, seen = self.producer.produce(rows)
-        self.ledger.record(seen, failures)
-        return batch
+    def address(self, part: Part) -> Address:
+        """Where the bytes of a planned part lie."""
+        source = self.corpus.sources[part.source]
+        entry = source.entries[part.number]
+        return Address(
+            part,
+            source.settings.name,
+            source.settings.kind == "pairs",
+            str(source.shards[entry.shard]),
+            entry.key,
+            entry.json,
+            tuple(entry.images),
+            tuple(entry.pieces),
+        )
 
-    def _cost(self, row: list[Part]) -> float:
+    def task(self, rows: list[list[Part]]) -> Task:
+        """What a worker needs to make a micro-batch of planned rows."""
+        images = sum(part.images for row in rows for part in row)
+        nbytes = 3 * images * (self.settings.image_size**2 + self.settings.drawn_size**2)
+        return Task(tuple(tuple(map(self.address, row)) for row in rows), nbytes)
+
+    def produce(self, rows: list[list[Part]]) -> Batch:
+        """Make a micro-batch of planned rows here and now."""
+        return self.record(self.producer.produce(self.task(rows))).batch
+
+    def record(self, produced: Produced) -> Produced:
+        """Enter the bad samples of a micro-batch in the ledger.
+
+        Raises:
+            TooManyFailures: when a source has more than ``failure_limit`` allows.
+        """
+        self.ledger.record(produced.seen, list(produced.failures))
+        return produced
+
+    def cost(self, row: list[Part]) -> float:
         """Rough work of a row in tokens: every row is as long, so attention and images differ."""
         images = sum(part.images for part in row)
         attention = sum(part.length**2 for part in row) / self.settings.context_length
@@ -364,13 +400,3 @@ class Stream:
             name = self.settings.sources[source].name
             raise DataError(f"source {name!r}: no document is held out; raise data.holdout")
         return [int(numbers[permuted(i, len(numbers), VALIDATION, source)]) for i in range(len(numbers))]
-
-    def _fixed(self) -> dict[str, Any]:
-        """The settings that the position depends on."""
-        names = ("context_length", "image_tokens", "holdout", "window", "max_images_per_row", "seed")
-        sources = [[source.name, source.kind, source.weight] for source in self.settings.sources]
-        return {
-            "sources": sources,
-            "split": self.split,
-            **{name: getattr(self.settings, name) for name in names},
-        }

@@ -71,7 +71,7 @@ def leaves(tree, prefix: str = ""):
     """Dotted keys of a plain tree's values, those in the first entry of a list included."""
     for key, value in tree.items():
         yield from [prefix + key] if not isinstance(value, dict) else leaves(value, f"{prefix}{key}.")
-        if isinstance(value, list) and isinstance(value[0], dict):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
             yield from leaves(value[0], f"{prefix}{key}.0.")
 
 
@@ -80,6 +80,8 @@ def test_the_tree_s_defaults_are_the_paper_s():
     assert set(found) == {
         "model.decoder.mmfs_placement",
         "data.sources",
+        "data.executor",
+        "data.workers",
         "parallel.tensor",
         "train.rows",
         "train.recompute",

@@ -48,7 +48,7 @@ def test_documents_come_back_as_they_were_written(tmp_path):
     ]
     stream = Stream(settings)
     for number, original in enumerate(documents(45)):
-        read = stream.producer.document(0, number)
+        read = stream.producer.document(stream.address(stream.planner.parts(0, number, 0)[0]))
         assert (read.key, read.content, read.metadata) == (original.key, original.content, original.metadata)
 
 

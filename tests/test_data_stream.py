@@ -112,7 +112,8 @@ def test_text_and_pictures_of_a_document_arrive_unchanged(mixed):
             if source == PADDING:
                 continue
             assert sample >> SAMPLE_BITS == source
-            original = stream.producer.document(int(source), int(sample & ((1 << SAMPLE_BITS) - 1)))
+            part = stream.planner.parts(int(source), int(sample & ((1 << SAMPLE_BITS) - 1)), 0)[0]
+            original = stream.producer.document(stream.address(part))
             tokens = batch.tokens[batch.cu_seqlens[n] : batch.cu_seqlens[n + 1]]
             text = "".join(piece for piece in original.content if isinstance(piece, str))
             assert stream.tokenizer.decode(tokens) == text
@@ -228,7 +229,7 @@ def test_pairs_are_turned_half_of_the_time_and_text_before_an_image_is_not_predi
     first, second = ({p.number: p.flipped for row in given for p in row} for given in (rows, later))
     assert 70 < sum(first.values()) < 130
     assert 60 < sum(first[n] != second[n] for n in first) < 140
-    batch, _, _ = stream.producer.produce(rows)
+    batch = stream.produce(rows)
     for n in np.flatnonzero(batch.source != PADDING):
         at = slice(batch.cu_seqlens[n], batch.cu_seqlens[n + 1])
         tokens, labels = batch.tokens[at], batch.labels[at]
@@ -251,8 +252,8 @@ def test_over_long_documents_start_anew_and_end_once(tmp_path):
     rows, _ = stream.planner.window([0])
     parts = sorted((part for row in rows for part in row), key=lambda part: part.first_image)
     assert len(parts) > 3
-    batch, failures, _ = stream.producer.produce(rows)
-    assert not failures
+    batch = stream.produce(rows)
+    assert not stream.ledger.lines
     good = batch.source != PADDING
     assert (batch.tokens[batch.cu_seqlens[:-1][good]] == special.bos).all()
     assert (batch.tokens == special.eos).sum() == 1

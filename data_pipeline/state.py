@@ -1,0 +1,131 @@
+"""The position of a stream, what it depends on, and checksums of what was trained on.
+
+A position is about 1 KB of JSON in the trainer's checkpoint:
+
+    {"schema": 2, "manifest": ..., "tokenizer": ..., "decoder": ..., "settings": {...},
+     "cursor": {"step": 120, "drawn": [640, 320], "row": 17}}
+
+``cursor`` says where the stream stands, the rest what the order and the pixels depend on.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.batch import PADDING, Batch
+from data_pipeline.errors import ResumeError
+from data_pipeline.settings import DataSettings
+
+SCHEMA = 2
+FIXED = (
+    "context_length",
+    "image_tokens",
+    "image_size",
+    "drawn_size",
+    "holdout",
+    "window",
+    "max_images_per_row",
+    "max_pixels",
+    "seed",
+)
+"""Settings that the order or the content of the samples depends on."""
+
+
+def fixed_settings(settings: DataSettings, split: str) -> dict[str, Any]:
+    """The settings that a position depends on, as JSON values."""
+    sources = [[source.name, source.kind, source.weight] for source in settings.sources]
+    return {"sources": sources, "split": split, **{name: getattr(settings, name) for name in FIXED}}
+
+
+def check_state(saved: Any, own: dict[str, Any], accept: Collection[str] = ()) -> None:
+    """Check that a saved position belongs to this stream.
+
+    Args:
+        saved: the position, as read from a checkpoint.
+        own: a position of the stream as it is now.
+        accept: which of ``settings.CHANGES`` may have changed.
+
+    Raises:
+        ResumeError: naming everything else that has, and the setting that accepts it.
+    """
+    if not isinstance(saved, dict) or saved.get("schema") != SCHEMA or own.keys() != saved.keys():
+        raise ResumeError("data position: not one this version can read")
+    changed: dict[str, list[str]] = {}
+    changed["settings"] = [
+        f"data.{name} was {saved['settings'].get(name)!r}, now {value!r}"
+        for name, value in own["settings"].items()
+        if saved["settings"].get(name) != value
+    ]
+    if saved["tokenizer"] != own["tokenizer"]:
+        changed["tokenizer"] = [f"another tokenizer (was {saved['tokenizer']}, now {own['tokenizer']})"]
+    if saved["decoder"] != own["decoder"]:
+        changed["decoder"] = [f"another image decoder (was {saved['decoder']}; now {own['decoder']})"]
+    if saved["manifest"] != own["manifest"]:
+        changed["manifest"] = ["other documents in the shards (manifest)"]
+    refused = {name: lines for name, lines in changed.items() if lines and name not in accept}
+    if refused:
+        lines = "; ".join(line for own_lines in refused.values() for line in own_lines)
+        raise ResumeError(
+            f"cannot continue at the saved data position: {lines}; "
+            f"data.accept_changes=[{','.join(refused)}] goes on all the same"
+        )
+
+
+def row_checksums(batch: Batch, boi: int) -> np.ndarray:
+    """A checksum of what each row of a batch holds, whatever other rows it comes with.
+
+    CRC-32 over tokens, labels, the place, source and id of each document, and each image's id and
+    pixels. The pixels go in as one 64-bit sum a channel, which costs a tenth of their CRC and still
+    changes with any of them.
+
+    Args:
+        batch: the micro-batch.
+        boi: id of the token that starts an image.
+
+    Returns:
+        uint32 [R].
+    """
+    per_row = np.searchsorted(np.flatnonzero(batch.tokens == boi), batch.row_starts)
+    pixels = _sums(batch.images)
+    drawn = _sums(batch.drawn)
+    starts, good = batch.cu_seqlens[:-1], batch.source != PADDING
+    checksums = np.empty(len(batch.row_starts) - 1, np.uint32)
+    for row in range(len(checksums)):
+        first, last = batch.row_starts[row : row + 2]
+        own = good & (starts >= first) & (starts < last)
+        image, end = per_row[row : row + 2]
+        large = slice(*np.searchsorted(batch.drawn_index, (image, end)))
+        parts = (
+            batch.tokens[first:last],
+            batch.labels[first:last],
+            starts[own] - first,
+            batch.source[own],
+            batch.sample_ids[own],
+            batch.image_ids[image:end],
+            pixels[image:end],
+            batch.drawn_index[large] - np.int32(image),
+            drawn[large],
+        )
+        value = 0
+        for part in parts:
+            value = zlib.crc32(part.tobytes(), value)
+        checksums[row] = value
+    return checksums
+
+
+def step_checksum(rows: Sequence[int] | np.ndarray) -> int:
+    """CRC-32 of the checksums of a step's rows, in their global order."""
+    return zlib.crc32(np.asarray(rows, np.uint32).tobytes())
+
+
+def _sums(images: np.ndarray) -> np.ndarray:
+    """Sums of the pixels of each channel as 64-bit words (as bytes where they do not come out even):
+    uint64 [I, 3]."""
+    count, channels, height, width = images.shape
+    flat = images.reshape(count, channels, height * width)
+    words = flat.view(np.uint64) if height * width % 8 == 0 and flat.flags.c_contiguous else flat
+    return words.sum(-1, dtype=np.uint64)

@@ -1,0 +1,74 @@
+"""What is asked of a worker and what it gives back: nothing else passes between them.
+
+A task names every byte it needs, so a worker holds no index and no position; a lost one is simply asked
+again elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.batch import Batch
+from data_pipeline.plan import Part
+from data_pipeline.quarantine import Failure
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the bytes of a planned part lie.
+
+    Attributes:
+        part: what the row holds of the document.
+        source: name of the source; ``pair``: whether it is one of image-text pairs.
+        shard: path or URL of the shard.
+        key: of the document.
+        json: offset and size of its JSON.
+        images: offset and size of each of its images.
+        pieces: tokens of each of its texts, ``index.IMAGE`` for an image.
+    """
+
+    part: Part
+    source: str
+    pair: bool
+    shard: str
+    key: str
+    json: tuple[int, int]
+    images: tuple[tuple[int, int], ...]
+    pieces: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to make a micro-batch of.
+
+    Attributes:
+        rows: what each row holds.
+        nbytes: of its pixels at most.
+    """
+
+    rows: tuple[tuple[Address, ...], ...]
+    nbytes: int
+
+    def __str__(self) -> str:
+        """Names of its documents, for messages."""
+        return ", ".join(f"{a.source}/{a.key}" for row in self.rows for a in row)
+
+
+@dataclass(frozen=True)
+class Produced:
+    """A micro-batch made of a task.
+
+    Attributes:
+        batch: the micro-batch.
+        checksums: uint32 [R], of what each row holds; see ``state.row_checksums``.
+        failures: the bad samples.
+        seen: samples looked at, by source.
+    """
+
+    batch: Batch
+    checksums: np.ndarray
+    failures: Sequence[Failure]
+    seen: dict[str, int]
