@@ -17,7 +17,8 @@ from mmi_megatron.config import AdapterConfig, MMFSConfig, ResamplerConfig, Visi
 from mmi_megatron.convert.rules import Rule, Table, joined, load, rename, renames, squeezed, unsqueezed
 from mmi_megatron.model.mmfs import MMFS
 from mmi_megatron.model.perceiver import Resampler
-from mmi_megatron.model.visual_tokenizer import VisualTokenizer
+from mmi_megatron.model.positions import sincos_2d
+from mmi_megatron.model.visual_tokenizer import CLIP_MEAN, CLIP_STD, VisualTokenizer
 
 ADAPTER_POINTS = 4
 
@@ -282,12 +283,18 @@ def adapter_table(config: AdapterConfig) -> Table:
 
 def tokenizer_table(tokenizer: VisualTokenizer) -> Table:
     """Names below ``visual_tokenizer.``"""
-    config, vision = tokenizer.config, "encoder.vision_model."
+    return tokenizer_names(tokenizer.config)
+
+
+def tokenizer_names(config: VisionConfig) -> Table:
+    """Names below ``visual_tokenizer.``"""
+    vision, grid = "encoder.vision_model.", config.image_size // config.patch_size
+    positions = torch.cat([torch.zeros(1, config.width), sincos_2d(grid, grid, config.width)])
     constants = {
-        "pos_embed": tokenizer.token_positions,
-        "clip_mean": tokenizer.mean[None],
-        "clip_std": tokenizer.std[None],
-        f"{vision}embeddings.position_ids": torch.arange(len(tokenizer.token_positions))[None],
+        "pos_embed": positions,
+        "clip_mean": torch.tensor(CLIP_MEAN).view(1, 3, 1, 1),
+        "clip_std": torch.tensor(CLIP_STD).view(1, 3, 1, 1),
+        f"{vision}embeddings.position_ids": torch.arange(len(positions))[None],
     }
     outer = {
         "input_proj": "pos_proj",
