@@ -173,18 +173,23 @@ def damage(path: Path, how: str) -> str:
         return "complete.json"
     if how == "evil index":
         (path / ".metadata").write_bytes(pickle.dumps(Evil()))
-        sizes = json.loads((path / "complete.json").read_text())
-        sizes[".metadata"] = (path / ".metadata").stat().st_size
-        (path / "complete.json").write_text(json.dumps(sizes))
+        listed = json.loads((path / "complete.json").read_text())
+        listed[".metadata"]["bytes"] = (path / ".metadata").stat().st_size
+        (path / "complete.json").write_text(json.dumps(listed))
         return "system"
     shutil.rmtree(path)
     return "does not exist"
 
 
+def copied(written: list[dict], folder: Path) -> Path:
+    """A copy of the checkpoint, its frozen weights beside it."""
+    shutil.copytree(written[0]["path"].parent, folder, dirs_exist_ok=True)
+    return folder / "step_0000003"
+
+
 @pytest.mark.parametrize("how", ["cut", "file lost", "no marker", "evil index", "gone"])
 def test_a_broken_checkpoint_is_refused_by_name(written, readers, tmp_path, how):
-    path = tmp_path / "step_0000003"
-    shutil.copytree(written[0]["path"], path)
+    path = copied(written, tmp_path)
     named = damage(path, how)
     (message, untouched) = readers.run(1, refusal, path)[0]
     assert "refused" in message and named in message and untouched
@@ -201,6 +206,8 @@ def finding(written: Path, folder: Path) -> list:
     from mmi_megatron.train import checkpoint
 
     found = [checkpoint.latest(folder)]
+    (frozen,) = written.parent.glob("frozen_*")
+    shutil.copytree(frozen, folder / frozen.name)
     for name in ("step_0000002", "step_0000010", "step_0000011.tmp", "step_0000012", "step_12345678"):
         shutil.copytree(written, folder / name)
     damage(folder / "step_0000012", "no marker")
@@ -211,28 +218,173 @@ def finding(written: Path, folder: Path) -> list:
 
 
 def test_the_newest_whole_one_is_found(written, readers, tmp_path):
-    nothing, found = readers.run(1, finding, written[0]["path"], tmp_path)[0]
-    assert nothing is None and found == tmp_path / "step_0000010"
+    nothing, found = readers.run(1, finding, Path(written[0]["path"]), tmp_path)[0]
+    assert nothing is None and found.local == tmp_path / "step_0000010"
 
 
-def keeping(folder: Path) -> list[str]:
-    """On a rank: save after every step and keep two, over the draft of a run that was killed."""
-    from mmi_megatron.train import checkpoint
+def keeping(folder: Path) -> list[list[str]]:
+    """On a rank: save after every step and keep two and every third, over the draft of a run that was
+    killed and the frozen weights of another."""
+    from mmi_megatron.train.checkpoint import Checkpoints
     from tests.tiny import Run, tiny_config
 
     with Run(tiny_config(1)) as run:
         if run.layout.rank == 0:
-            (folder / "step_0000002.tmp").mkdir(parents=True)
-            (folder / "step_0000002.tmp" / "old").write_text("half")
-        for step in (0, 1, 2, 3, 3):
-            checkpoint.save(run.model, run.optimizer, run.scheduler, {}, folder, step=step, keep=2)
-            if step < 3:
-                run.train(1)
-        return sorted(path.name for path in folder.iterdir())
+            for lost in ("step_0000002.tmp", "frozen_of_nobody"):
+                (folder / lost).mkdir(parents=True)
+                (folder / lost / "old").write_text("half")
+        checkpoints = Checkpoints(folder, folder, keep=2, keep_every=3)
+        for step in (1, 2, 3, 4, 5, 6, 7, 7):
+            checkpoints.save(run.model, run.optimizer, run.scheduler, {}, step)
+            run.train(1)
+        checkpoints.wait()
+        return [sorted(path.name for path in folder.iterdir()), inodes(folder)]
 
 
-def test_the_last_ones_are_kept_and_drafts_are_cleared(readers, tmp_path):
-    assert readers.run(2, keeping, tmp_path / "checkpoints")[0] == ["step_0000002", "step_0000003"]
+def inodes(folder: Path) -> list[str]:
+    """Files of the frozen weights, with what tells a file from one written in its place."""
+    files = [file for frozen in folder.glob("frozen_*") for file in frozen.iterdir()]
+    return sorted(f"{file.name} {file.stat().st_ino} {file.stat().st_mtime_ns}" for file in files)
+
+
+def test_the_last_and_every_third_are_kept_and_drafts_are_cleared(readers, tmp_path):
+    folder = tmp_path / "checkpoints"
+    names, frozen = readers.run(2, keeping, folder)[0]
+    assert names[1:] == [f"step_000000{step}" for step in (3, 6, 7)]
+    assert names[0].startswith("frozen_") and names[0] != "frozen_of_nobody"
+    assert len(frozen) >= 4
+    readers.run(2, write, 1, folder)
+    assert inodes(folder) == frozen, "the frozen weights were written again"
+
+
+def frozen_digest(tensor: int, change: str) -> str:
+    """On a rank: name of the tiny model's frozen weights, one of them changed."""
+    from mmi_megatron.train import frozen
+    from tests.tiny import Run, tiny_config
+
+    with Run(tiny_config(tensor), train_language=False) as run:
+        weight = run.model.module.up.weight.data
+        with torch.no_grad():
+            if change == "last bit":
+                weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(9.0))
+            elif change == "two swapped":
+                weight[0, 0], weight[0, 1] = weight[0, 1].clone(), weight[0, 0].clone()
+            elif change == "trained":
+                run.model.module.vision.proj.weight.zero_()
+        return frozen.digest(frozen.split(run.model.module.sharded_state_dict(), run.model.module)[1])
+
+
+def test_frozen_weights_are_named_by_what_they_are_at_any_layout(readers):
+    first, second = readers.run(2, frozen_digest, 2, "")
+    assert first == second == readers.run(1, frozen_digest, 1, "")[0] and len(first) == 32
+    assert readers.run(2, frozen_digest, 1, "trained")[1] == first
+    for change in ("last bit", "two swapped"):
+        assert readers.run(1, frozen_digest, 1, change)[0] != first
+
+
+def beside_training(folder: Path) -> tuple:
+    """On a rank: a save that is held up while training goes on; what was there when it began."""
+    import threading
+
+    from mmi_megatron.train import checkpoint_writer
+    from mmi_megatron.train.checkpoint import Checkpoints, latest
+    from tests.tiny import Run, tiny_config
+
+    gate, plain = threading.Event(), checkpoint_writer._Staging.write
+    checkpoint_writer._Staging.write = lambda staging: (gate.wait(60), plain(staging))[1]
+    try:
+        with Run(tiny_config(1)) as run:
+            run.train(STEPS)
+            checkpoints = Checkpoints(folder, folder)
+            extra = {"step": run.step, "data": {"cursor": [1, 2]}}
+            checkpoints.save(run.model, run.optimizer, run.scheduler, extra, run.step)
+            before = {"weights": run.parameters(), "state": adam_state(run), "later": run.train(LATER)}
+            held = checkpoints.poll() is None and latest(folder) is None
+            gate.set()
+            saved = checkpoints.wait()
+            return before, held, saved.step, saved.stall, str(latest(folder))
+    finally:
+        checkpoint_writer._Staging.write = plain
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(writers, readers, tmp_path):
+    before, held, step, stall, path = writers.run(2, beside_training, tmp_path)[0]
+    assert held and step == STEPS and 0 < stall < 30
+    after = readers.run(2, read, 1, Path(path))[0]
+    same(after["weights"], before["weights"])
+    same(after["state"], before["state"])
+    assert after["later"] == before["later"]
+
+
+def interrupted(folder: Path) -> list:
+    """On a rank: saves of step 2 that end at the first, second, third... thing they do to the file
+    system; after each, what is found. The last one ends by itself."""
+    from mmi_megatron.train import checkpoint_folder
+    from mmi_megatron.train.checkpoint import save
+    from mmi_megatron.train.storage import Folder
+    from tests.tiny import Run, tiny_config
+
+    plain = {
+        (Folder, "write"): Folder.write,
+        (Path, "rename"): Path.rename,
+        (Folder, "delete"): Folder.delete,
+    }
+    found = []
+    with Run(tiny_config(1)) as run:
+        save(run.model, run.optimizer, run.scheduler, {}, folder, 1)
+        run.train(1)
+        for most in range(1, 60):
+            done = [0]
+
+            def counted(function, done=done, most=most):
+                def act(*arguments):
+                    done[0] += 1
+                    if done[0] > most:
+                        raise OSError("the disk is full")
+                    return function(*arguments)
+
+                return act
+
+            for (kind, name), function in plain.items():
+                setattr(kind, name, counted(function))
+            try:
+                save(run.model, run.optimizer, run.scheduler, {}, folder, 2)
+                found.append("finished")
+                break
+            except OSError as error:
+                assert "disk is full" in str(error)
+            finally:
+                for (kind, name), function in plain.items():
+                    setattr(kind, name, function)
+            newest = checkpoint_folder.newest(folder)
+            found.append([newest.name, checkpoint_folder.verify(newest)])
+    return found
+
+
+def test_a_save_that_ends_anywhere_leaves_no_half_and_its_error_is_raised(readers, tmp_path):
+    *found, last = readers.run(1, interrupted, tmp_path)[0]
+    assert last == "finished" and len(found) > 5
+    assert all(entry in (["step_0000001", []], ["step_0000002", []]) for entry in found)
+    assert found[0][0] == "step_0000001"
+
+
+def test_verify_names_the_file_with_a_flipped_bit(written, tmp_path):
+    from mmi_megatron.train.checkpoint_folder import fault, verify
+
+    path = copied(written, tmp_path)
+    assert verify(path) == []
+    for folder in (path, next(tmp_path.glob("frozen_*"))):
+        file = max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+        assert fault(path) is None
+        (wrong,) = verify(path)
+        assert file.name in wrong and folder.name in wrong and "damaged" in wrong
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    shutil.rmtree(folder)
+    assert folder.name in fault(path)
 
 
 def weights_alone(tensor: int, path: Path) -> dict:

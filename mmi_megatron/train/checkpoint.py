@@ -5,116 +5,185 @@ Hyperparameters are not in them: a resumed run takes them from its configuration
 
 from __future__ import annotations
 
-import json
 import logging
-import pickle
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint import save as save_tensors
 
 from mmi_megatron import platform
 from mmi_megatron.platform import device
-from mmi_megatron.train import checkpoint_folder
-from mmi_megatron.train.checkpoint_folder import RUN
+from mmi_megatron.train import checkpoint_folder, frozen
+from mmi_megatron.train.checkpoint_folder import Address
+from mmi_megatron.train.checkpoint_reader import FORMAT, CheckpointError, fill, open_run
+from mmi_megatron.train.checkpoint_writer import Job, Piece
 from mmi_megatron.train.optimizer import parts
+from mmi_megatron.train.storage import Folder
+
+__all__ = ["CheckpointError", "Checkpoints", "Saved", "latest", "load", "load_weights", "save"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message names the file and what to do."""
+Model = Any
+"""What one rank trains: a wrapped model, or a list of its pieces where pipeline stages interleave."""
 
 
 # Writing
 
 
-def save(
-    model: DistributedDataParallel,
-    optimizer: ChainedOptimizer,
-    scheduler: OptimizerParamScheduler,
-    extra: dict[str, Any],
-    folder: Path,
-    step: int,
-    keep: int = 0,
-) -> Path:
-    """Write the state after ``step`` optimizer steps (collective, returns when it is whole).
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that has become whole.
+
+    Attributes:
+        step: its step.
+        stall: seconds that training stood still for it, on this rank.
+        seconds: that the writing took beside the training.
+    """
+
+    step: int
+    stall: float
+    seconds: float
+
+
+class Checkpoints:
+    """A run's checkpoints, written while training goes on; one at a time.
 
     Args:
-        model: the wrapped model; frozen weights are written too.
-        optimizer, scheduler: as ``build_optimizer`` made them.
-        extra: what ``load`` gives back, JSON values only.
-        folder: of all checkpoints of the run.
-        step: names the checkpoint; one of the same step is replaced.
+        folder: where they are: a path, or a URL such as ``s3://bucket/run``.
+        stage: local folder where files wait to be uploaded, if ``folder`` is not local.
         keep: how many of the newest stay, 0 for all.
-
-    Returns:
-        The checkpoint's folder.
+        keep_every: those of steps that divide by it stay too, 0 for none.
+        threads: of each rank that write.
     """
-    draft = checkpoint_folder.draft_of(folder, step)
-    if dist.get_rank() == 0:
-        checkpoint_folder.begin(draft)
-    dist.barrier()
-    state = _sharded_state(model.module, optimizer, loading=False)
-    writer = FullyParallelSaveStrategyWrapper(
-        _WriteInThreads("torch_dist", 1), parallel_state.get_data_parallel_group(with_context_parallel=True)
-    )
-    dist_checkpointing.save(state, str(draft), writer)
-    adam_step = _adam_step(optimizer)
-    if dist.get_rank() == 0:
+
+    def __init__(self, folder: Address, stage: Path, keep: int = 0, keep_every: int = 0, threads: int = 1):
+        self.folder, self.stage = Folder(folder), stage
+        self.keep, self.keep_every, self.threads = keep, keep_every, threads
+        self.last: int | None = None
+        self._frozen: str | None = None
+        self._job: tuple[Job, int, float] | None = None
+
+    def save(
+        self,
+        model: Model,
+        optimizer: ChainedOptimizer,
+        scheduler: OptimizerParamScheduler,
+        extra: dict[str, Any],
+        step: int,
+    ) -> Saved | None:
+        """Begin to write the state after ``step`` optimizer steps (collective). It is copied before
+        this returns; a checkpoint of the same step is replaced.
+
+        Args:
+            model: the wrapped model; frozen weights are written too, once for all checkpoints.
+            optimizer, scheduler: as ``build_optimizer`` made them.
+            extra: what ``load`` gives back, JSON values only.
+            step: names the checkpoint.
+
+        Returns:
+            The checkpoint before this one, where that was still being written.
+
+        Raises:
+            OSError: when that could not be written.
+        """
+        started = time.perf_counter()
+        before = self._finish()
+        sharded = _sharded_model(model)
+        trained, fixed = _split(sharded, model)
+        if self._frozen is None:
+            self._frozen = frozen.digest(fixed)
+        state = {"model": trained} | _sharded_rest(sharded, model, optimizer, loading=False)
+        final = self.folder / checkpoint_folder.name_of(step)
         run = {
             "format": FORMAT,
             "step": step,
-            "adam_step": adam_step,
+            "frozen": self._frozen,
+            "adam_step": _adam_step(optimizer),
             "schedule_step": scheduler.num_steps,
             "layout": _layout(),
             "extra": extra,
         }
-        checkpoint_folder.complete(draft, run)
-        if keep:
-            checkpoint_folder.forget(folder, keep)
-    dist.barrier()
-    return checkpoint_folder.final_of(draft)
+        pieces = []
+        if self._frozen and not self._is_there(self._frozen):
+            place = self.folder / checkpoint_folder.frozen_name(self._frozen)
+            pieces.append(Piece({"model": fixed}, place, self.stage, self.threads))
+        pieces.append(Piece(state, final, self.stage, self.threads))
+        job = Job(pieces, run, self._prune)
+        self._job, self.last = (job, step, time.perf_counter() - started), step
+        return before
+
+    def poll(self) -> Saved | None:
+        """The checkpoint that has become whole since the last call, on this rank; never waits.
+
+        Raises:
+            OSError: when it could not be written.
+        """
+        return self._finish() if self._job is not None and self._job[0].done else None
+
+    def wait(self) -> Saved | None:
+        """Wait until the checkpoint under way is whole (collective).
+
+        Raises:
+            OSError: when it could not be written.
+        """
+        saved = self._finish()
+        dist.barrier()
+        return saved
+
+    def _finish(self) -> Saved | None:
+        if self._job is None:
+            return None
+        (job, step, stall), self._job = self._job, None
+        job.wait()
+        return Saved(step, stall, job.seconds)
+
+    def _is_there(self, digest: str) -> bool:
+        """Whether these frozen weights have been written already; rank 0 looks."""
+        found = [False]
+        if dist.get_rank() == 0:
+            found = [checkpoint_folder.fault(self.folder / checkpoint_folder.frozen_name(digest)) is None]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def _prune(self) -> None:
+        checkpoint_folder.prune(self.folder, self.keep, self.keep_every)
 
 
-class _WriteInThreads(TorchDistSaveShardedStrategy):
-    """Megatron's format written by threads of this process. Megatron's own writer forks it, which
-    the threads of gloo and CUDA do not survive, and starts a second process to collect results."""
+def save(
+    model: Model,
+    optimizer: ChainedOptimizer,
+    scheduler: OptimizerParamScheduler,
+    extra: dict[str, Any],
+    folder: Address,
+    step: int,
+    keep: int = 0,
+) -> Folder:
+    """Write one checkpoint and return when it is whole (collective); see ``Checkpoints``.
 
-    def save(self, sharded_state_dict: dict, checkpoint_dir: str) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
-            sharded_state_dict, self.keep_only_main_replica
-        )
-        save_tensors(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=self.thread_count),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+    Returns:
+        The checkpoint's folder.
+    """
+    stage = Path(folder if Folder(folder).local else "checkpoints") / "stage"
+    checkpoints = Checkpoints(folder, stage, keep)
+    checkpoints.save(model, optimizer, scheduler, extra, step)
+    checkpoints.wait()
+    return checkpoints.folder / checkpoint_folder.name_of(step)
 
 
-def latest(folder: Path) -> Path | None:
+def latest(folder: Address) -> Folder | None:
     """The newest whole checkpoint in ``folder``, None when there is none.
 
     Broken ones are passed over with a warning. With process groups up it is collective and rank 0
@@ -122,19 +191,21 @@ def latest(folder: Path) -> Path | None:
     """
     if not dist.is_initialized():
         return checkpoint_folder.newest(folder)
-    chosen = [checkpoint_folder.newest(folder) if dist.get_rank() == 0 else None]
+    chosen: list[str | None] = [None]
+    if dist.get_rank() == 0 and (newest := checkpoint_folder.newest(folder)) is not None:
+        chosen = [newest.address]
     dist.broadcast_object_list(chosen, src=0)
-    return chosen[0]
+    return None if chosen[0] is None else Folder(chosen[0])
 
 
 # Reading
 
 
 def load(
-    model: DistributedDataParallel,
+    model: Model,
     optimizer: ChainedOptimizer,
     scheduler: OptimizerParamScheduler,
-    path: Path,
+    path: Address,
 ) -> dict[str, Any]:
     """Continue from a checkpoint written at any layout (collective).
 
@@ -148,12 +219,14 @@ def load(
     Raises:
         CheckpointError: for one that is not whole, of another model, or of another version.
     """
-    run = _open(path)
+    run = open_run(path)
     same_layout = run["layout"] == _layout()
     for part in parts(optimizer):
         _repair(part)
-    state = _load(path, _sharded_state(model.module, optimizer, loading=True, random_states=same_layout))
-    model.module.load_state_dict(state["model"])
+    sharded = _sharded_model(model)
+    rest = _sharded_rest(sharded, model, optimizer, loading=True, random_states=same_layout)
+    state = fill(path, {"model": sharded} | rest)
+    _set_model(model, state["model"])
     for part in parts(optimizer):
         part.load_parameter_state_from_fully_reshardable(state["optimizer"][_part_name(part)])
         _set_adam_step(part, run["adam_step"])
@@ -165,101 +238,70 @@ def load(
         log.warning(
             "%s was written at %s and is read at %s: the ranks' generators start anew; noise, dropout "
             "and data order do not depend on them",
-            path.name,
+            Folder(path).name,
             run["layout"],
             _layout(),
         )
     return run["extra"]
 
 
-def load_weights(model: nn.Module, path: Path) -> dict[str, Any]:
+def load_weights(model: nn.Module, path: Address) -> dict[str, Any]:
     """Load the weights alone into a model of any layout, not wrapped (collective), for generation
     and evaluation. Returns and raises as ``load`` does."""
-    run = _open(path)
+    run = open_run(path)
     sharded: Any = model
-    model.load_state_dict(_load(path, {"model": sharded.sharded_state_dict()})["model"])
+    model.load_state_dict(fill(path, {"model": sharded.sharded_state_dict()})["model"])
     return run["extra"]
-
-
-def _open(path: Path) -> dict[str, Any]:
-    """What ``run.json`` holds, of a checkpoint that is whole."""
-    fault = checkpoint_folder.fault(path)
-    if fault is not None:
-        raise CheckpointError(f"checkpoint refused: {fault}; use an older one or train without --resume")
-    run = json.loads((path / RUN).read_text())
-    if run["format"] != FORMAT:
-        raise CheckpointError(f"{path / RUN}: format {run['format']}, this version reads {FORMAT}")
-    _check_pickle(path / ".metadata")
-    return run
-
-
-def _load(path: Path, state: dict) -> dict:
-    """Megatron's load, refusing tensors that are missing or of another shape."""
-    saved = dist_checkpointing.load_tensors_metadata(str(path))
-    wanted = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
-    missing = sorted({tensor.key for tensor in wanted} - saved.keys())
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {len(missing)} tensors of this model or optimizer, the first: {missing[:5]}; "
-            "was it trained with another model, or with these parameters frozen?"
-        )
-    for tensor in wanted:
-        if tuple(saved[tensor.key].global_shape) != tuple(tensor.global_shape):
-            raise CheckpointError(
-                f"{path}: {tensor.key} is {tuple(saved[tensor.key].global_shape)}, "
-                f"this model has {tuple(tensor.global_shape)}"
-            )
-    return dist_checkpointing.load(state, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles what torch writes as ``.metadata`` and nothing that could run code."""
-
-    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    NAMES = {
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch.serialization", "_get_layout"),
-        ("builtins", "getattr"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib._local", "PosixPath"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        plain = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if plain or module in self.MODULES or (module, name) in self.NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
-
-
-def _check_pickle(path: Path) -> None:
-    """Refuse an index that would run code: Megatron is about to unpickle it."""
-    try:
-        with path.open("rb") as file:
-            _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint refused: {path}: {error}") from error
 
 
 # What is in it
 
 
-def _sharded_state(
-    model: Any, optimizer: ChainedOptimizer, loading: bool, random_states: bool = True
+def _chunks(model: Model) -> list[nn.Module]:
+    """This rank's pieces of the model, without Megatron's wrapper."""
+    wrapped = [model] if isinstance(model, DistributedDataParallel) else list(model)
+    return [chunk.module for chunk in wrapped]
+
+
+def _sharded_model(model: Model) -> dict:
+    """Megatron's sharded tensors of the model, by piece."""
+    sharded: dict[str, Any] = {}
+    for number, chunk in enumerate(_chunks(model)):
+        state = chunk.sharded_state_dict()  # type: ignore[operator]
+        held = {id(value.data) for value in nested_values(state) if hasattr(value, "data")}
+        for name, parameter in chunk.named_parameters():
+            if parameter.requires_grad and id(parameter) not in held:
+                raise CheckpointError(
+                    f"{name}: sharded_state_dict must hold the parameter itself, not a copy"
+                )
+        sharded[str(number)] = state
+    return sharded
+
+
+def _split(sharded: dict, model: Model) -> tuple[dict, dict]:
+    """What training changes of the model, and what is frozen."""
+    trained, fixed = {}, {}
+    for number, chunk in enumerate(_chunks(model)):
+        trained[str(number)], fixed[str(number)] = frozen.split(sharded[str(number)], chunk)
+    return trained, fixed
+
+
+def _set_model(model: Model, state: dict) -> None:
+    for number, chunk in enumerate(_chunks(model)):
+        chunk.load_state_dict(state[str(number)])
+
+
+def _sharded_rest(
+    sharded: dict, model: Model, optimizer: ChainedOptimizer, loading: bool, random_states: bool = True
 ) -> dict:
-    """The tree of Megatron's sharded tensors, to be written or to be filled."""
-    sharded = model.sharded_state_dict()
-    held = {id(value.data) for value in nested_values(sharded) if hasattr(value, "data")}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in held:
-            raise CheckpointError(f"{name}: sharded_state_dict must hold the parameter itself, not a copy")
+    """The optimizer's and the generators' sharded tensors, to be written or to be filled."""
+    flat = {f"{number}.{key}": value for number, part in sharded.items() for key, value in part.items()}
     states = {}
     for part in parts(optimizer):
         _allocate(part)
         # Gathered over the replicas, in the parameters' own shapes: fits any layout.
-        states[_part_name(part)] = part.sharded_param_state_fully_reshardable(sharded, loading, metadata={})
-    state = {"model": sharded, "optimizer": states}
+        states[_part_name(part)] = part.sharded_param_state_fully_reshardable(flat, loading, metadata={})
+    state: dict[str, Any] = {"optimizer": states}
     if random_states:
         place = (0, dist.get_rank(), dist.get_world_size())
         state["random"] = {

@@ -1,78 +1,118 @@
 """The folder of a run's checkpoints: which there are, which are whole. Needs no torch.
 
-A checkpoint is a folder ``step_0000500`` on a file system that all ranks share::
+A checkpoint is a folder ``step_0000500``, on a file system that all ranks share or in an object store::
 
-    .metadata, *.distcp, common.pt, metadata.json   weights, optimizer and random states (Megatron's)
-    run.json                                        step, data position, schedule, layout
-    complete.json                                   bytes of each file above; written last
+    .metadata, *.distcp, common.pt, metadata.json   trained weights, optimizer, random states (Megatron's)
+    run.json                                        step, data position, schedule, layout, frozen weights
+    complete.json                                   bytes and SHA-256 of each file above; written last
 
-It is written under a name that ends in ``.tmp`` and renamed when all ranks are done.
+Weights that are not trained lie beside it, once for all checkpoints that have them, in
+``frozen_`` and the hash of their contents; such a folder has no ``run.json``.
+
+On a file system a checkpoint is written under a name that ends in ``.tmp`` and renamed when all ranks
+are done. An object store renames nothing: there the marker alone makes it whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import os
 import re
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from mmi_megatron.train.storage import Folder
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"step_(\d{7,})")
 DRAFT = ".tmp"
+OLD = f".old{DRAFT}"
 MARKER, RUN = "complete.json", "run.json"
+CHUNK = 1 << 24
+
+Address = str | Path | Folder
 
 
-def draft_of(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written."""
-    return folder / f"step_{step:07d}{DRAFT}"
+def name_of(step: int) -> str:
+    """Name of the checkpoint of a step."""
+    return f"step_{step:07d}"
 
 
-def final_of(draft: Path) -> Path:
-    """Where it stands once it is whole."""
-    return draft.with_name(draft.name.removesuffix(DRAFT))
+def step_of(name: str) -> int:
+    """Step of the checkpoint of this name."""
+    match = NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name}: no name of a checkpoint, such as step_0000500")
+    return int(match[1])
 
 
-def begin(draft: Path) -> None:
-    """Make the draft's folder, empty."""
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+def frozen_name(digest: str) -> str:
+    """Name of the folder of frozen weights of this hash."""
+    return f"frozen_{digest}"
 
 
-def complete(draft: Path, run: dict[str, Any]) -> None:
-    """Write what ``run.json`` holds, mark the draft whole and rename it. An older checkpoint of the
-    same step leaves only when the new one is there."""
-    _write_json(draft / RUN, run)
-    _write_json(draft / MARKER, _sizes(draft))
-    target = final_of(draft)
-    old = target.with_name(f"{target.name}.old{DRAFT}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    draft.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+def draft_of(final: Folder) -> Folder:
+    """Where the checkpoint is written that will be ``final``."""
+    return final if final.local is None else Folder(f"{final}{DRAFT}")
 
 
-def forget(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` whole checkpoints, and drafts of runs that were killed.
-    Broken ones stay for a person to look at."""
+def begin(draft: Folder) -> None:
+    """Empty the place where a checkpoint is going to be written."""
+    draft.remove(MARKER)  # first: from here on what is left is not whole
+    draft.delete()
+
+
+def complete(draft: Folder, final: Folder, hashes: dict[str, dict[str, Any]]) -> None:
+    """Mark a draft whole, and give it its name. An older checkpoint of the same step leaves only when
+    the new one is there."""
+    draft.write(MARKER, json.dumps(hashes, indent=1).encode())
+    if draft.local is None or final.local is None:
+        return
+    old = Folder(f"{final}{OLD}")
+    old.delete()
+    if final.local.exists():
+        final.local.rename(str(old))
+    draft.local.rename(final.local)
+    old.delete()
+
+
+def prune(folder: Address, keep: int, keep_every: int = 0) -> list[str]:
+    """Delete whole checkpoints that are not wanted any more, drafts of runs that were killed, and frozen
+    weights that no checkpoint has. Broken checkpoints stay for a person to look at.
+
+    Args:
+        folder: of all checkpoints.
+        keep: how many of the newest stay, 0 for all.
+        keep_every: those of steps that divide by it stay too, 0 for none.
+
+    Returns:
+        Names of what was deleted.
+    """
+    folder = Folder(folder)
     whole = [path for path in by_step(folder) if fault(path) is None]
-    for path in [*whole[:-keep], *folder.glob(f"step_*{DRAFT}")]:
-        shutil.rmtree(path)
+    old = whole[:-keep] if keep else []
+    gone = [path for path in old if not (keep_every and step_of(path.name) % keep_every == 0)]
+    gone += [folder / name for name in folder.folders() if name.endswith(DRAFT)]
+    for path in gone:
+        path.delete()
+    wanted = {frozen.name for path in by_step(folder) for frozen in _frozen_of(path)}
+    lost = [name for name in folder.folders() if name.startswith("frozen_") and name not in wanted]
+    for name in lost:
+        (folder / name).delete()
+    return [path.name for path in gone] + lost
 
 
-def by_step(folder: Path) -> list[Path]:
-    """Checkpoints by name, the oldest first, whole or not."""
-    if not folder.is_dir():
-        return []
-    found = {int(match[1]): path for path in folder.iterdir() if (match := NAME.fullmatch(path.name))}
+def by_step(folder: Address) -> list[Folder]:
+    """Checkpoints by step, the oldest first, whole or not."""
+    folder = Folder(folder)
+    found = {step_of(name): folder / name for name in folder.folders() if NAME.fullmatch(name)}
     return [found[step] for step in sorted(found)]
 
 
-def newest(folder: Path) -> Path | None:
+def newest(folder: Address) -> Folder | None:
     """The newest whole checkpoint, None when there is none; broken ones are passed over with a warning."""
     for path in reversed(by_step(folder)):
         broken = fault(path)
@@ -82,32 +122,64 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def fault(path: Path) -> str | None:
-    """What keeps this checkpoint from being whole, None if nothing does. Reads no tensors."""
-    if not path.is_dir():
-        return f"{path} does not exist"
+def run_of(path: Address) -> dict[str, Any]:
+    """What ``run.json`` holds."""
+    return json.loads(Folder(path).read(RUN))
+
+
+def parts_of(path: Address) -> list[Folder]:
+    """Folders that hold a whole checkpoint's tensors: its own, and that of the frozen weights."""
+    path = Folder(path)
+    return [path, *_frozen_of(path)]
+
+
+def _frozen_of(path: Folder) -> Iterator[Folder]:
     try:
-        sizes = json.loads((path / MARKER).read_text())
+        digest = run_of(path).get("frozen")
+    except (FileNotFoundError, ValueError):  # broken, which `fault` reports
+        return
+    if digest:
+        yield path.parent / frozen_name(digest)
+
+
+def fault(path: Address) -> str | None:
+    """What keeps this checkpoint from being whole, None if nothing does. Looks at names and sizes."""
+    return next(_faults(Folder(path), hashes=False), None)
+
+
+def verify(path: Address) -> list[str]:
+    """Everything that is wrong with a checkpoint, its frozen weights included; reads every byte."""
+    return list(_faults(Folder(path), hashes=True))
+
+
+def _faults(path: Folder, hashes: bool) -> Iterator[str]:
+    there = path.files()
+    if not there:
+        yield f"{path} does not exist"
+        return
+    try:
+        listed = json.loads(path.read(MARKER))
     except FileNotFoundError:
-        return f"{path / MARKER} is missing: it was never finished"
+        yield f"{path}/{MARKER} is missing: it was never finished"
+        return
     except ValueError as error:
-        return f"{path / MARKER} is no JSON ({error})"
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} bytes of {size}"
-    return None
+        yield f"{path}/{MARKER} is no JSON ({error})"
+        return
+    for name, wanted in listed.items():
+        if name not in there:
+            yield f"{path}/{name} is missing"
+        elif there[name] != wanted["bytes"]:
+            yield f"{path}/{name} has {there[name]} bytes of {wanted['bytes']}"
+        elif hashes and sha256(path, name, there[name]) != wanted["sha256"]:
+            yield f"{path}/{name} is damaged: its SHA-256 is not that of {MARKER}"
+    if RUN in listed:
+        for frozen in _frozen_of(path):
+            yield from _faults(frozen, hashes)
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+def sha256(folder: Folder, name: str, size: int) -> str:
+    """Hash of a file, read piece by piece."""
+    digest = hashlib.sha256()
+    for start in range(0, size, CHUNK):
+        digest.update(folder.read(name, start, min(start + CHUNK, size)))
+    return digest.hexdigest()
