@@ -57,6 +57,13 @@ AT_LEAST = {
     "train.sample_steps": 1,
     "train.save_every": 0,
     "train.keep": 1,
+    "train.keep_every": 0,
+    "train.watch.skip_limit": 0,
+    "train.watch.spike": 0,
+    "train.watch.measure_every": 0,
+    "train.watch.straggler": 0,
+    "train.watch.trace_from": 0,
+    "train.watch.trace_steps": 0,
 }
 
 FRACTIONS = (

@@ -257,6 +257,30 @@ class OptimizerConfig:
 
 
 @dataclass
+class WatchConfig:
+    """What is looked at while a run goes on.
+
+    Attributes:
+        skip_limit: steps in a row that may be skipped because loss or gradient were not finite; one
+            more ends the run. 0: no limit.
+        spike: a loss is reported that lies so many times the usual spread (the median distance from
+            the median of the last 64 steps) above the median; 0: never.
+        measure_every: steps between two whose time and memory are taken apart, part by part and rank
+            by rank; 0: never. Where there is a GPU such a step waits for it at every part.
+        straggler: a rank is reported that took so many times the ranks' median of its own time in such
+            a step; 0: never.
+        trace_from, trace_steps: first step that torch's profiler records, and how many; 0 steps: none.
+    """
+
+    skip_limit: int = 10
+    spike: float = 10.0
+    measure_every: int = 100
+    straggler: float = 1.5
+    trace_from: int = 10
+    trace_steps: int = 0
+
+
+@dataclass
 class TrainConfig:
     """The run.
 
@@ -265,7 +289,12 @@ class TrainConfig:
         rows: rows of a global batch; ``micro_rows`` rows of one forward pass on one rank.
         precision: ``fp32`` or ``bf16`` (fp32 main gradients and states).
         threads: CPU threads a rank when no GPU is there; 0 divides the cores among the ranks.
-        timeout: seconds after which a hung collective ends the job.
+        timeout: seconds without progress of a rank, or in a collective, after which the job ends.
+        save_every: steps between checkpoints, 0 for one at the end.
+        keep: checkpoints that stay, the newest; and, with ``keep_every``, those of steps that divide
+            by it.
+        checkpoints: where they are: a path, or a URL such as ``s3://bucket/run``; empty for the
+            folder ``checkpoints`` of the run.
     """
 
     steps: int = 15000
@@ -284,6 +313,9 @@ class TrainConfig:
     guidance: float = 3.5
     save_every: int = 500
     keep: int = 3
+    keep_every: int = 0
+    checkpoints: str = ""
+    watch: WatchConfig = field(default_factory=WatchConfig)
     recompute: bool = False
 
 
