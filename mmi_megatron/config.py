@@ -295,6 +295,8 @@ class TrainConfig:
             by it.
         checkpoints: where they are: a path, or a URL such as ``s3://bucket/run``; empty for the
             folder ``checkpoints`` of the run.
+        init_from: checkpoints that the weights start from: those that `mmi convert` wrote, or folders
+            of other runs; each may hold a part of the model. A resumed run does not look at them.
     """
 
     steps: int = 15000
@@ -315,6 +317,7 @@ class TrainConfig:
     keep: int = 3
     keep_every: int = 0
     checkpoints: str = ""
+    init_from: list[str] = field(default_factory=list)
     watch: WatchConfig = field(default_factory=WatchConfig)
     recompute: bool = False
 
