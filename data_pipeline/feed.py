@@ -1,0 +1,169 @@
+"""What a trainer reads from: its share of each step, made ahead of time.
+
+The stream plans, an executor makes, the feed keeps ``data.prefetch`` steps under way and hands them over
+in order. What was made ahead is never part of the position.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from data_pipeline.batch import Batch
+from data_pipeline.executors import Executor, Setup, make_executor
+from data_pipeline.state import step_checksum
+from data_pipeline.stream import Step, Stream
+from data_pipeline.task import Produced, Task
+
+
+@dataclass(frozen=True)
+class Division:
+    """Which part of a step a data-parallel rank takes; see ``Step.division``."""
+
+    rank: int = 0
+    ranks: int = 1
+    rows_per_micro_batch: int = 1
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of a step.
+
+    Attributes:
+        number: of the step, from 0.
+        state: position after the step, for a checkpoint.
+        batches: the micro-batches, in order.
+        rows: numbers of their rows in the step, in the order they come.
+        checksums: uint32, of each of these rows.
+        step_rows: rows of the whole step.
+    """
+
+    number: int
+    state: dict[str, Any]
+    batches: list[Batch]
+    rows: list[int]
+    checksums: np.ndarray
+    step_rows: int
+
+    def spread(self) -> np.ndarray:
+        """The checksums at their rows' places in the step, 0 elsewhere: float64 [step_rows], which
+        holds them exactly, so that the sum over all ranks gives those of the whole step."""
+        values = np.zeros(self.step_rows)
+        values[self.rows] = self.checksums
+        return values
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    step: Step
+    groups: list[list[int]]
+    nbytes: int
+    pending: list[Future[Produced]]
+
+
+class Feed:
+    """A rank's shares of the steps of a stream.
+
+    Args:
+        stream: the plan; nothing else may take steps from it.
+        division: which part of each step is this rank's.
+        executor: by default the one that ``data.executor`` names; closed with the feed.
+
+    Raises:
+        DataError: when the executor cannot be started.
+    """
+
+    def __init__(self, stream: Stream, division: Division, executor: Executor | None = None):
+        self.stream = stream
+        self.division = division
+        self.executor = executor or make_executor(setup_of(stream))
+        self._ahead: deque[_Ahead] = deque()
+        self._state = stream.state()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def next(self) -> Share:
+        """The next step's share; waits until it is made.
+
+        Raises:
+            TooManyFailures: when a source has more bad samples than ``data.failure_limit`` allows.
+            DataError: when a worker says so, or was lost again and again.
+        """
+        self._fill()
+        first = self._ahead[0]
+        made = [self.stream.record(pending.result()) for pending in first.pending]
+        self._ahead.popleft()
+        self._state = first.step.state
+        if self.executor.runs_ahead:
+            self._fill()
+        return Share(
+            first.step.number,
+            first.step.state,
+            [produced.batch for produced in made],
+            [row for group in first.groups for row in group],
+            np.concatenate([produced.checksums for produced in made]),
+            len(first.step.rows),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Position after the last share handed over, whatever is made ahead."""
+        return self._state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken; see ``Stream.load_state``."""
+        self._drop()
+        self.stream.load_state(state)
+        self._state = self.stream.state()
+
+    def validation_batches(
+        self, source: str | int, documents: int, rows_per_micro_batch: int, rank: int = 0, ranks: int = 1
+    ) -> list[Batch]:
+        """Held-out documents, made by the executor; see ``Stream.validation_tasks``."""
+        tasks = self.stream.validation_tasks(source, documents, rows_per_micro_batch, rank, ranks)
+        pending = [self.executor.submit(task) for task in tasks]
+        return [self.stream.record(future.result()).batch for future in pending]
+
+    def close(self) -> None:
+        """Stop making; give back the workers."""
+        self._drop()
+        self.executor.close()
+
+    def _fill(self) -> None:
+        """Have steps made up to the limits. One always may be."""
+        settings = self.stream.settings
+        steps = settings.prefetch if self.executor.runs_ahead else 1
+        while not self._ahead or (
+            len(self._ahead) < steps and sum(a.nbytes for a in self._ahead) < settings.prefetch_bytes
+        ):
+            division, step = self.division, self.stream.next()
+            groups = step.division(
+                division.rank, division.ranks, division.rows_per_micro_batch, division.count
+            )
+            tasks: list[Task] = [step.task(group) for group in groups]
+            pending = [self.executor.submit(task) for task in tasks]
+            self._ahead.append(_Ahead(step, groups, sum(task.nbytes for task in tasks), pending))
+
+    def _drop(self) -> None:
+        for ahead in self._ahead:
+            for pending in ahead.pending:
+                pending.cancel()
+        self._ahead.clear()
+
+
+def setup_of(stream: Stream) -> Setup:
+    """What the workers of a stream are made of."""
+    return Setup(stream.settings, stream.tokenizer.fingerprint, stream.producer.decoder.fingerprint)
+
+
+def checksum_of(shares: list[Share]) -> int:
+    """The checksum of a step from the shares of all its ranks; see ``state.step_checksum``."""
+    return step_checksum(np.sum([share.spread() for share in shares], axis=0).astype(np.uint32))
