@@ -59,7 +59,7 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
 
 def mendable() -> tuple[type[Exception], ...]:
     """The errors that a user can mend, of those that can have occurred yet."""
-    checkpoint: Any = sys.modules.get("mmi_megatron.train.checkpoint")
+    checkpoint: Any = sys.modules.get("mmi_megatron.train.checkpoint_reader")
     return (
         (ConfigError, DataError)
         if checkpoint is None
@@ -180,6 +180,84 @@ def params(
         typer.echo(json.dumps(counting.as_json(parts), indent=1))
     else:
         Console().print(counting.as_table(parts, preset))
+
+
+@app.command()
+@reported
+def convert(
+    kind: Annotated[
+        str, typer.Argument(help="hf-llama, hf-clip, timm-clip, sd or released.", show_default=False)
+    ],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="Folder (or file) of weights.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write, a folder.", show_default=False)],
+    overrides: Overrides = None,
+    layout: Annotated[str, typer.Option(help="Files and slices are those of tp=N,pp=N.")] = "tp=1,pp=1",
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.", show_default="as it is")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Resize position embeddings to it.", show_default="as it is")
+    ] = None,
+    vocabulary_multiple: Annotated[int, typer.Option(help="As model.language.vocabulary_multiple.")] = 128,
+    preset: Annotated[str, typer.Option(help="Of `released`: settings of its model.")] = "released-13b",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Weights of other programs to a checkpoint that `mmi train ... train.init_from=[CKPT]` starts from."""
+    from mmi_megatron.convert.conversion import write
+    from mmi_megatron.convert.families import Options, conversion
+    from mmi_megatron.convert.rules import dtype_of
+    from mmi_megatron.convert.sharded import Layout
+
+    options = Options(image_size, vocabulary_multiple, preset, overrides or [])
+    plan = conversion(kind, source, options)
+    show(write(plan, out, Layout.parse(layout), dtype_of(dtype)), as_json)
+
+
+@app.command()
+@reported
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="A checkpoint, or the folder of a run.", show_default=False)
+    ],
+    llm: Annotated[Path | None, typer.Option(help="Folder for transformers.", show_default=False)] = None,
+    vision: Annotated[
+        Path | None, typer.Option(help="Folder for transformers or timm.", show_default=False)
+    ] = None,
+    decoder: Annotated[Path | None, typer.Option(help="Folder for diffusers.", show_default=False)] = None,
+    released: Annotated[
+        Path | None, typer.Option(help="File in the release's naming, .bin or .safetensors.")
+    ] = None,
+    vision_format: Annotated[str, typer.Option(help="hf or timm.")] = "hf",
+    settings: Annotated[
+        Path | None, typer.Option("--config", help="Settings of the run, where they do not lie by it.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16.", show_default="as it is")] = None,
+    average: Annotated[bool, typer.Option(help="Averaged weights of the decoder, if there are.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the reports as JSON.")] = False,
+) -> None:
+    """A checkpoint's weights to folders and files that other programs load."""
+    from mmi_megatron.convert import export as to
+    from mmi_megatron.convert.rules import dtype_of
+
+    if not (llm or vision or decoder or released):
+        raise ConfigError("nothing to export: name one of --llm, --vision, --decoder, --released")
+    opened = to.open_checkpoint(checkpoint, settings, dtype_of(dtype), average)
+    if llm:
+        show(to.export_llm(opened, llm), as_json)
+    if vision:
+        show(to.export_vision(opened, vision, vision_format), as_json)
+    if decoder:
+        show(to.export_decoder(opened, decoder), as_json)
+    if released:
+        show(to.export_released(opened, released), as_json)
+
+
+def show(report: Any, as_json: bool) -> None:
+    """Print a report of `convert` or `export`."""
+    if as_json:
+        typer.echo(json.dumps(report.as_json()))
+    else:
+        Console().print(report.as_table())
 
 
 @app.command()

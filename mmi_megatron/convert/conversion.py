@@ -76,6 +76,7 @@ class Conversion:
         left_out: pattern of a name of theirs to why it has no place with us.
         computed: our name to a tensor that is no tensor of theirs, and what it is of.
         notes: what a person should know.
+        extra: what an export needs besides the settings.
     """
 
     what: str
@@ -87,6 +88,7 @@ class Conversion:
     left_out: Mapping[str, str] = field(default_factory=dict)
     computed: dict[str, tuple[Tensor, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def matched(conversion: Conversion) -> Report:
@@ -192,7 +194,7 @@ def write(
             (order[n] for p in entry.names if p in rules for n in rules[p].theirs), default=(0, 0)
         )
     )
-    extra = {"converted": conversion.what, "settings": conversion.settings}
+    extra = {"converted": conversion.what, "settings": conversion.settings} | conversion.extra
     files = {
         SETTINGS: yaml.safe_dump({"model": conversion.settings}, sort_keys=False, default_flow_style=None),
         REPORT: json.dumps(report.as_json(), indent=1),

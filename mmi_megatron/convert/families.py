@@ -101,6 +101,7 @@ def hf_llama(path: Path, options: Options) -> Conversion:
         {"language": settings},
         language,
         notes=notes,
+        extra={"text_rows": text_rows},
     )
 
 

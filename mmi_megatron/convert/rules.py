@@ -18,8 +18,18 @@ CONSTANT_TOLERANCE = 2e-3
 """A stored constant may have been rounded to half precision or bfloat16 relative to 1."""
 
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 class ConvertError(ConfigError):
     """Weights that cannot be converted; the message names the file and the tensors."""
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """A dtype by its short name, None for None. Raises ConvertError for one that is not in ``DTYPES``."""
+    if name is not None and name not in DTYPES:
+        raise ConvertError(f"--dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return None if name is None else DTYPES[name]
 
 
 @dataclass(frozen=True)
