@@ -17,6 +17,7 @@ from data_pipeline.batch import IGNORED, Batch
 from data_pipeline.stream import Stream
 from data_pipeline.tokens import load_tokenizer
 from mmi_megatron.config import Config
+from mmi_megatron.convert.start import load_start
 from mmi_megatron.model.mm_interleaved import Inputs, Losses, prepare
 from mmi_megatron.parallel import groups
 from mmi_megatron.parallel.model import build_model
@@ -46,14 +47,17 @@ class Trainer:
         config: the run.
         layout: this rank's place.
         out: folder of the run: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``.
+        fresh: whether the weights start from ``train.init_from``; false for a run about to be resumed.
     """
 
-    def __init__(self, config: Config, layout: groups.Layout, out: Path):
+    def __init__(self, config: Config, layout: groups.Layout, out: Path, fresh: bool = True):
         self.config, self.layout, self.out = config, layout, out
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         check_tokenizer(config, self.tokenizer.size)
         self.stream = Stream(config.data, "train", global_rows=config.train.rows)
         model = build_model(config, self.tokenizer.special)
+        if fresh and config.train.init_from:
+            load_start([model], config, out)
         if config.parallel.shard_images:
             for part in model.image_parts():
                 mark_image_parallel(part)
@@ -261,7 +265,8 @@ def train(config: Config, out: Path, resume: bool = False, stop_after: int | Non
     try:
         if layout.rank == 0:
             save_config(config, out / "config.yaml")
-        trainer = Trainer(config, layout, out)
+        resume = resume and checkpoint.latest(out / "checkpoints") is not None
+        trainer = Trainer(config, layout, out, fresh=not resume)
         if resume:
             trainer.resume()
         trainer.run(stop_after)
