@@ -29,18 +29,18 @@ from data_pipeline.formats import Document, Summary, write_documents
 
 KINDS = ("circle", "square", "triangle", "cross")
 COLOURS = {
-    "red": (220, 20, 30),
-    "green": (0, 150, 30),
-    "blue": (20, 50, 230),
-    "yellow": (240, 200, 0),
-    "purple": (160, 0, 200),
-    "teal": (0, 190, 220),
+    "red": (230, 20, 30),
+    "green": (0, 200, 40),
+    "blue": (20, 40, 240),
+    "yellow": (250, 220, 0),
+    "purple": (200, 0, 220),
+    "teal": (0, 215, 230),
 }
 BACKGROUNDS = {
-    "white": (252, 252, 252),
-    "pink": (255, 230, 235),
-    "mint": (230, 252, 233),
-    "grey": (232, 232, 236),
+    "grey": (128, 128, 128),
+    "brown": (140, 105, 70),
+    "slate": (80, 105, 140),
+    "olive": (100, 120, 65),
 }
 POSITIONS = {
     "top": (0.5, 0.25),
@@ -64,7 +64,7 @@ CHANCE = {"colour": 1 / len(COLOURS), "kind": 1 / len(KINDS), "position": 1 / le
 RADIUS = 0.19
 CORNER = 0.3
 """Side of the square at the top left that the digit lies in; no shape reaches it."""
-INK = (45, 45, 45)
+INK = (250, 250, 250)
 _GLYPHS = (
     ("111", "101", "101", "101", "111"),
     ("010", "110", "010", "010", "111"),
