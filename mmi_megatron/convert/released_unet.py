@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmi_megatron.config import MMFSConfig, UNetConfig
-from mmi_megatron.convert.released import intervals, mmfs_table
+from mmi_megatron.convert.released_mmfs import intervals, mmfs_table
 from mmi_megatron.convert.rules import Rule, Table, load, renames
 from mmi_megatron.model.mmfs import Shapes
 from mmi_megatron.model.unet_mmfs import POSITION_GRID, UNetMMFS, mmfs_sites, position_embedding

@@ -91,13 +91,13 @@ def timm_settings(config: Mapping[str, Any], where: Path) -> VisionConfig:
         ConvertError: for an architecture that timm or this tower does not know.
     """
     name = config.get("architecture", "")
-    arguments = dict(config.get("model_args", {}))
+    arguments = {**config.get("model_args", {}), "num_classes": 0}
     wanted = (config.get("pretrained_cfg") or {}).get("input_size")
     if wanted:
         arguments.setdefault("img_size", wanted[-1])
     try:
         with torch.device("meta"):
-            model: Any = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+            model: Any = timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConvertError(f"{where}: timm cannot build {name!r}: {error}") from None
     if not isinstance(model, timm.models.VisionTransformer):
