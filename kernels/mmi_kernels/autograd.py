@@ -6,23 +6,28 @@ a float64 value, else float32) and contiguous; ``mmi_kernels.ops`` sees to that.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 OPS = torch.ops.mmi_kernels
 
 
-def register() -> None:
+def register(namespace: str = "mmi_kernels") -> None:
     """Attach fake implementations and autograd; call once, after the library is loaded."""
-    torch.library.register_fake("mmi_kernels::mmfs_forward", _mmfs_forward_fake)
-    torch.library.register_fake("mmi_kernels::mmfs_backward", _mmfs_backward_fake)
-    torch.library.register_fake("mmi_kernels::deform_forward", _deform_forward_fake)
-    torch.library.register_fake("mmi_kernels::deform_backward", _deform_backward_fake)
+    operators = getattr(torch.ops, namespace)
+    torch.library.register_fake(f"{namespace}::mmfs_forward", _mmfs_forward_fake)
+    torch.library.register_fake(f"{namespace}::mmfs_backward", _mmfs_backward_fake)
+    torch.library.register_fake(f"{namespace}::deform_forward", _deform_forward_fake)
+    torch.library.register_fake(f"{namespace}::deform_backward", _deform_backward_fake)
     torch.library.register_autograd(
-        "mmi_kernels::mmfs_forward", _mmfs_backward, setup_context=_mmfs_setup_context
+        f"{namespace}::mmfs_forward", partial(_mmfs_backward, operators), setup_context=_mmfs_setup_context
     )
     torch.library.register_autograd(
-        "mmi_kernels::deform_forward", _deform_backward, setup_context=_deform_setup_context
+        f"{namespace}::deform_forward",
+        partial(_deform_backward, operators),
+        setup_context=_deform_setup_context,
     )
 
 
@@ -39,7 +44,7 @@ def _mmfs_forward_fake(value, spatial_shapes, offsets, *rest):
 
 def _mmfs_backward_fake(
     grad_out, out, stats, value, spatial_shapes, offsets, logits, table_offsets, table_logits,
-    reference_points, visible, base, sink, for_value, for_query,
+    reference_points, visible, base, sink, for_value, for_query, deterministic=False,
 ):  # fmt: skip
     def like(tensor: Tensor, wanted: bool) -> Tensor:
         return tensor.new_empty(tensor.shape if wanted else (0,))
@@ -54,14 +59,15 @@ def _mmfs_setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output, *tensors)
 
 
-def _mmfs_backward(ctx, grad_out: Tensor, _grad_stats: Tensor):
+def _mmfs_backward(operators, ctx, grad_out: Tensor, _grad_stats: Tensor):
     out, stats, value, *projections, sink_value = ctx.saved_tensors
     needs = ctx.needs_input_grad
     for_query = any(needs[2:7])
     grad_out = grad_out.contiguous()
-    grad_value, *grads = OPS.mmfs_backward(
-        grad_out, out, stats, value, ctx.shapes, *projections, ctx.base, ctx.sink, needs[0], for_query
-    )
+    grad_value, *grads = operators.mmfs_backward(
+        grad_out, out, stats, value, ctx.shapes, *projections, ctx.base, ctx.sink, needs[0], for_query,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
     grad_reference = None
     if needs[6]:
         # A location is reference + offset / base.
@@ -81,7 +87,9 @@ def _deform_forward_fake(value, spatial_shapes, locations, weights):
     return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
 
 
-def _deform_backward_fake(grad_out, value, spatial_shapes, locations, weights, for_value, for_query):
+def _deform_backward_fake(
+    grad_out, value, spatial_shapes, locations, weights, for_value, for_query, deterministic=False
+):
     wanted = ((value, for_value), (locations, for_query), (weights, for_query))
     return tuple(tensor.new_empty(tensor.shape if want else (0,)) for tensor, want in wanted)
 
@@ -91,13 +99,14 @@ def _deform_setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(value, locations, weights)
 
 
-def _deform_backward(ctx, grad_out: Tensor):
+def _deform_backward(operators, ctx, grad_out: Tensor):
     value, locations, weights = ctx.saved_tensors
     needs = ctx.needs_input_grad
     for_query = needs[2] or needs[3]
-    grads = OPS.deform_backward(
-        grad_out.contiguous(), value, ctx.shapes, locations, weights, needs[0], for_query
-    )
+    grads = operators.deform_backward(
+        grad_out.contiguous(), value, ctx.shapes, locations, weights, needs[0], for_query,
+        torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
     grad_value, grad_locations, grad_weights = (
         grad if need else None for grad, need in zip(grads, (needs[0], needs[2], needs[3]), strict=True)
     )

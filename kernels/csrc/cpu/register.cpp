@@ -1,10 +1,5 @@
 // The operators as the dispatcher sees them, on libtorch's stable ABI, and their CPU entry points:
 // they check, allocate, choose the instruction set and spread tasks over torch's threads.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -13,15 +8,18 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/arguments.h"
 #include "problem.h"
 
 namespace {
 
 using mmi::Dtype;
 using mmi::Problem;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shapes = std::vector<int64_t>;  // height, width, height, width, ...
+using mmi::ScalarType;
+using mmi::Shapes;
+using mmi::Tensor;
+using mmi::arithmetic_type;
+using mmi::data;
 
 struct InstructionSet {
   const char* name;
@@ -53,26 +51,11 @@ const InstructionSet* instruction_set = best_instruction_set();
 
 Dtype dtype_of(const Tensor& value) {
   switch (value.scalar_type()) {
-    case ScalarType::Float: return Dtype::f32;
     case ScalarType::Double: return Dtype::f64;
     case ScalarType::BFloat16: return Dtype::bf16;
     case ScalarType::Half: return Dtype::f16;
-    default: STD_TORCH_CHECK(false, "value: expected float32, float64, bfloat16 or float16");
+    default: return Dtype::f32;
   }
-}
-
-ScalarType arithmetic_type(const Tensor& value) {
-  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-const void* data(const Tensor& tensor, const char* name, ScalarType type, const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a CPU tensor");
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, ": unexpected dtype");
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
-  STD_TORCH_CHECK(tensor.dim() == int64_t(shape.size()), name, ": expected ", shape.size(), " axes");
-  for (size_t i = 0; i < shape.size(); ++i)
-    STD_TORCH_CHECK(tensor.size(i) == shape[i], name, ": axis ", i, " is ", tensor.size(i), ", not ", shape[i]);
-  return tensor.const_data_ptr();
 }
 
 // Level tables spread over the samples of a (query, image, head).
@@ -80,24 +63,17 @@ struct LevelTables {
   std::vector<int32_t> width, height, start;
 
   LevelTables(Problem& p, const Shapes& shapes, int64_t points) {
-    STD_TORCH_CHECK(shapes.size() % 2 == 0, "spatial_shapes: expected pairs of height and width");
     p.levels = int64_t(shapes.size()) / 2;
     p.points = points;
     const size_t padded = mmi::padded(p.samples());
     for (auto* table : {&width, &height, &start}) table->assign(padded, 0);
-    int64_t from = 0;
-    for (int64_t level = 0; level < p.levels; ++level) {
-      const int64_t h = shapes[2 * level], w = shapes[2 * level + 1];
-      STD_TORCH_CHECK(h >= 0 && w >= 0, "spatial_shapes: negative size");
+    mmi::over_levels(p, shapes, [&](int64_t level, int64_t h, int64_t w, int64_t from) {
       for (int64_t i = level * points; i < (level + 1) * points; ++i) {
         height[i] = int32_t(h);
         width[i] = int32_t(w);
         start[i] = int32_t(from);
       }
-      from += h * w;
-    }
-    STD_TORCH_CHECK(from == p.positions, "spatial_shapes: levels hold ", from, " positions, value has ", p.positions);
-    STD_TORCH_CHECK(from < INT32_MAX, "spatial_shapes: more than 2^31 positions an image");
+    });
     p.width = width.data();
     p.height = height.data();
     p.start = start.data();
@@ -105,17 +81,8 @@ struct LevelTables {
 };
 
 void set_value(Problem& p, const Tensor& value) {
-  STD_TORCH_CHECK(value.is_cpu() && value.dim() == 4, "value: expected a CPU tensor with 4 axes");
-  STD_TORCH_CHECK(value.size(3) < 2 || value.stride(3) == 1, "value: channels must be adjacent");
+  mmi::set_value(p, value);
   p.dtype = dtype_of(value);
-  p.images = value.size(0);
-  p.positions = value.size(1);
-  p.heads = value.size(2);
-  p.channels = value.size(3);
-  p.value = value.const_data_ptr();
-  p.stride_image = value.stride(0);
-  p.stride_position = value.stride(1);
-  p.stride_head = value.stride(2);
 }
 
 // Queries a task handles: a function of the problem alone, as it fixes the order of sums.
@@ -134,35 +101,8 @@ void spread(const Problem& p, int64_t tasks, Pass pass) {
   });
 }
 
-struct Projections {
-  const Tensor &offsets, &logits, &table_offsets, &table_logits, &reference_points, &visible;
-  const std::optional<Tensor>& sink_value;
-  double base;
-  bool sink;
-};
-
-void set_projections(Problem& p, const Tensor& value, const Projections& in) {
-  const ScalarType real = arithmetic_type(value);
-  const int64_t q = p.queries, h = p.heads, l = p.levels, n = p.points;
-  p.rows = in.table_offsets.size(0);
-  p.offsets = data(in.offsets, "offsets", real, {q, h, n, 2});
-  p.logits = data(in.logits, "logits", real, {q, h, l, n});
-  p.table_offsets = data(in.table_offsets, "table_offsets", real, {p.rows, h, n, 2});
-  p.table_logits = data(in.table_logits, "table_logits", real, {p.rows, h, l, n});
-  const int64_t references = in.reference_points.size(0);
-  STD_TORCH_CHECK(references == q || references == 1, "reference_points: expected one, or one a query");
-  p.reference = data(in.reference_points, "reference_points", real, {references, 2});
-  p.reference_stride = references == 1 ? 0 : 2;
-  p.groups = in.visible.size(0);
-  STD_TORCH_CHECK(q == 0 || (p.groups > 0 && q % p.groups == 0), "visible: queries do not divide into groups");
-  p.group_size = p.groups ? q / p.groups : 0;
-  p.visible = static_cast<const int32_t*>(data(in.visible, "visible", ScalarType::Int, {p.groups, 2}));
-  for (int64_t g = 0; g < p.groups; ++g)
-    STD_TORCH_CHECK(p.first(g) >= p.last(g) || (p.first(g) >= 0 && p.last(g) <= p.images), "visible: group ", g,
-                    " sees images ", p.first(g), " to ", p.last(g), ", but value holds ", p.images);
-  if (in.sink_value) p.sink_value = data(*in.sink_value, "sink_value", real, {h, p.channels});
-  p.base = in.base;
-  p.sink = in.sink;
+void set_projections(Problem& p, const Tensor& value, const mmi::Projections& in) {
+  mmi::set_projections(p, value, in);
   p.chunk = choose_chunk(p);
 }
 
@@ -206,7 +146,7 @@ void reduce_table(const Problem& p, const void* shares, void* offsets, void* log
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mmfs_backward(
     Tensor grad_out, Tensor out, Tensor stats, Tensor value, Shapes spatial_shapes, Tensor offsets, Tensor logits,
     Tensor table_offsets, Tensor table_logits, Tensor reference_points, Tensor visible, double base, bool sink,
-    bool for_value, bool for_query) {
+    bool for_value, bool for_query, bool /*deterministic: always*/) {
   Problem p{};
   set_value(p, value);
   STD_TORCH_CHECK(offsets.dim() == 4, "offsets: expected 4 axes");
@@ -215,9 +155,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mmfs_backward(
   set_projections(p, value, {offsets, logits, table_offsets, table_logits, reference_points, visible, std::nullopt,
                              base, sink});
   const ScalarType real = arithmetic_type(value);
-  p.grad_out = data(grad_out, "grad_out", value.scalar_type(), {p.queries, p.heads, p.channels});
-  p.out = const_cast<void*>(data(out, "out", value.scalar_type(), {p.queries, p.heads, p.channels}));
-  p.stats = const_cast<void*>(data(stats, "stats", real, {2, p.queries, p.heads}));
+  p.grad_out = data(grad_out, "grad_out", value, value.scalar_type(), {p.queries, p.heads, p.channels});
+  p.out = const_cast<void*>(data(out, "out", value, value.scalar_type(), {p.queries, p.heads, p.channels}));
+  p.stats = const_cast<void*>(data(stats, "stats", value, real, {2, p.queries, p.heads}));
 
   auto like = [&](std::vector<int64_t> shape, bool wanted, ScalarType type) {
     return torch::stable::new_empty(value, wanted ? shape : std::vector<int64_t>{0}, type);
@@ -244,15 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mmfs_backward(
 }
 
 void set_general(Problem& p, const Tensor& value, const Tensor& locations, const Tensor& weights) {
-  const ScalarType real = arithmetic_type(value);
-  const int64_t per_image = locations.size(1);
-  const std::vector<int64_t> shape{p.images, per_image, p.heads, p.levels, p.points};
-  p.queries = p.images * per_image;
-  p.groups = p.images;
-  p.group_size = per_image;
-  p.rows = 2;  // group g sees image g, one back from the end of its interval
-  p.weights = data(weights, "attention_weights", real, shape);
-  p.locations = data(locations, "sampling_locations", real, {shape[0], shape[1], shape[2], shape[3], shape[4], 2});
+  mmi::set_general(p, value, locations, weights);
   p.chunk = choose_chunk(p);
 }
 
@@ -269,13 +201,14 @@ Tensor deform_forward(Tensor value, Shapes spatial_shapes, Tensor locations, Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor> deform_backward(Tensor grad_out, Tensor value, Shapes spatial_shapes,
-                                                   Tensor locations, Tensor weights, bool for_value, bool for_query) {
+                                                   Tensor locations, Tensor weights, bool for_value, bool for_query,
+                                                   bool /*deterministic: always*/) {
   Problem p{};
   set_value(p, value);
   STD_TORCH_CHECK(locations.dim() == 6, "sampling_locations: expected 6 axes");
   const LevelTables levels(p, spatial_shapes, locations.size(4));
   set_general(p, value, locations, weights);
-  p.grad_out = data(grad_out, "grad_out", value.scalar_type(), {p.images, p.group_size, p.heads * p.channels});
+  p.grad_out = data(grad_out, "grad_out", value, value.scalar_type(), {p.images, p.group_size, p.heads * p.channels});
 
   auto like = [&](const Tensor& of, bool wanted) {
     const auto sizes = of.sizes();
@@ -313,21 +246,7 @@ MMI_EXPORT bool mmi_set_cpu_instruction_set(const char* name) {
   return false;
 }
 
-STABLE_TORCH_LIBRARY(mmi_kernels, m) {
-  m.def(
-      "mmfs_forward(Tensor value, int[] spatial_shapes, Tensor offsets, Tensor logits, Tensor table_offsets, "
-      "Tensor table_logits, Tensor reference_points, Tensor visible, Tensor? sink_value, float base, bool sink) "
-      "-> (Tensor out, Tensor stats)");
-  m.def(
-      "mmfs_backward(Tensor grad_out, Tensor out, Tensor stats, Tensor value, int[] spatial_shapes, Tensor offsets, "
-      "Tensor logits, Tensor table_offsets, Tensor table_logits, Tensor reference_points, Tensor visible, float base, "
-      "bool sink, bool for_value, bool for_query) -> (Tensor value, Tensor offsets, Tensor logits, "
-      "Tensor table_offsets, Tensor table_logits)");
-  m.def("deform_forward(Tensor value, int[] spatial_shapes, Tensor locations, Tensor weights) -> Tensor");
-  m.def(
-      "deform_backward(Tensor grad_out, Tensor value, int[] spatial_shapes, Tensor locations, Tensor weights, "
-      "bool for_value, bool for_query) -> (Tensor value, Tensor locations, Tensor weights)");
-}
+STABLE_TORCH_LIBRARY(mmi_kernels, m) { mmi::define_operators(m); }
 
 STABLE_TORCH_LIBRARY_IMPL(mmi_kernels, CPU, m) {
   m.impl("mmfs_forward", TORCH_BOX(&mmfs_forward));

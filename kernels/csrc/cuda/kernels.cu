@@ -1,0 +1,88 @@
+// Launches the kernels for one type of value; compiled once a type, with MMI_TYPE f32, f64, bf16 or
+// f16.
+#include "gather.cuh"
+#include "owner.cuh"
+
+namespace mmi {
+namespace {
+
+namespace types {
+using f32 = float;
+using f64 = double;
+using bf16 = BFloat16;
+using f16 = Float16;
+}  // namespace types
+
+using T = types::MMI_TYPE;
+using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+int64_t blocks_for(int64_t items, int64_t a_block) { return (items + a_block - 1) / a_block; }
+
+// Calls run(unit, levels) with compile-time numbers: the kernels of the model's shapes, and one that
+// takes any. Doubles are for checks and have that one alone.
+template <typename F>
+void specialise(const Problem& p, F run) {
+  using std::integral_constant;
+  const int unit = unit_of<T>(p);
+  if constexpr (sizeof(T) < 8) {
+    constexpr integral_constant<int, kVector<T>> full;
+    if (unit == full && p.levels == 3) return run(full, integral_constant<int, 3>());
+    if (unit == full && p.levels == 4) return run(full, integral_constant<int, 4>());
+    if (unit == full) return run(full, integral_constant<int, 0>());
+  }
+  if constexpr (sizeof(T) == 2)
+    if (unit == 4) return run(integral_constant<int, 4>(), integral_constant<int, 0>());
+  return run(integral_constant<int, 1>(), integral_constant<int, 0>());
+}
+
+template <bool FUSED>
+void forward(const Problem& p, Stream stream) {
+  const Arguments<T, A> a = arguments<T, A>(p);
+  const int64_t groups = p.queries * p.heads * a.pieces;
+  if (groups == 0) return;
+  specialise(p, [&](auto unit, auto levels) {
+    launch(gather_forward<T, A, unit, levels, FUSED>, blocks_for(groups, kThreads / a.lanes), kThreads, 0, stream, a);
+  });
+}
+
+template <bool FUSED>
+void owner(const Problem& p, const Arguments<T, A>& a, Stream stream) {
+  const int64_t size = tile_positions<A>(a.channels);
+  int64_t tiles = 0;
+  for (int level = 0; level < p.levels; ++level) tiles += blocks_for(int64_t(p.width[level]) * p.height[level], size);
+  const int64_t bytes = Batch<A>::kBytes + size * p.channels * int64_t(sizeof(A));
+  if (tiles * p.images * p.heads * p.channels == 0) return;
+  launch(owner_backward<T, A, FUSED>, tiles * p.images * p.heads, kThreads, bytes, stream, a, tiles);
+}
+
+template <bool FUSED>
+void backward(const Problem& p, Stream stream) {
+  const Arguments<T, A> a = arguments<T, A>(p);
+  if (p.queries && p.heads && (p.added_value || p.grad_logits)) {
+    specialise(p, [&](auto unit, auto levels) {
+      launch(gather_backward<T, A, unit, levels, FUSED>, blocks_for(a.chunks * p.heads, kThreads / a.lanes), kThreads,
+             0, stream, a);
+    });
+  }
+  if (p.owned_value) owner<FUSED>(p, a, stream);
+  const int64_t table = p.heads * p.rows * (2 * p.points + p.samples());
+  if (p.grad_table_logits && table)
+    launch(add_table_shares<T, A>, blocks_for(table, kThreads), kThreads, 0, stream, a);
+}
+
+const DeviceKernels kernels{
+    [](const Problem& p, void* stream) { (p.locations ? forward<false> : forward<true>)(p, Stream(stream)); },
+    [](const Problem& p, void* stream) { (p.locations ? backward<false> : backward<true>)(p, Stream(stream)); },
+    [](void* at, int64_t bytes, void* stream) { zero(at, bytes, Stream(stream)); },
+};
+
+}  // namespace
+}  // namespace mmi
+
+#define MMI_PASTE(a, b) a##b
+#define MMI_NAME(a, b) MMI_PASTE(a, b)
+
+// mmi_device_kernels_f32 and so on.
+extern "C" __attribute__((visibility("default"))) const mmi::DeviceKernels* MMI_NAME(mmi_device_kernels_, MMI_TYPE)() {
+  return &mmi::kernels;
+}
