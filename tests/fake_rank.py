@@ -23,6 +23,8 @@ def act(config, out: Path, resume: bool, stop_after: int | None) -> None:
     elif what == "raise":
         if rank == 1:
             raise ValueError("the second rank's own error\nand its second line")
+        while not (out / "logs" / "rank_1.error.json").exists():
+            time.sleep(0.05)
         time.sleep(0.3)  # the consequence comes a moment later
         raise RuntimeError("connection closed by peer")
     elif what == "stubborn":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from mmi_megatron.train.storage import Folder
 __all__ = ["CheckpointError", "Checkpoints", "Saved", "latest", "load", "load_weights", "save"]
 
 log = logging.getLogger(__name__)
+
+WAIT = 0.05
+"""Seconds between two looks at whether all ranks have written."""
 
 Model = Any
 """What one rank trains: a wrapped model, or a list of its pieces where pipeline stages interleave."""
@@ -67,11 +71,21 @@ class Checkpoints:
         keep: how many of the newest stay, 0 for all.
         keep_every: those of steps that divide by it stay too, 0 for none.
         threads: of each rank that write.
+        waiting: called again and again while this rank waits for one to become whole.
     """
 
-    def __init__(self, folder: Address, stage: Path, keep: int = 0, keep_every: int = 0, threads: int = 1):
+    def __init__(
+        self,
+        folder: Address,
+        stage: Path,
+        keep: int = 0,
+        keep_every: int = 0,
+        threads: int = 1,
+        waiting: Callable[[], object] = lambda: None,
+    ):
         self.folder, self.stage = Folder(folder), stage
         self.keep, self.keep_every, self.threads = keep, keep_every, threads
+        self.waiting = waiting
         self.last: int | None = None
         self._frozen: str | None = None
         self._job: tuple[Job, int, float] | None = None
@@ -100,7 +114,7 @@ class Checkpoints:
             OSError: when that could not be written.
         """
         started = time.perf_counter()
-        before = self._finish()
+        before = self.wait()
         sharded = _sharded_model(model)
         trained, fixed = _split(sharded, model)
         if self._frozen is None:
@@ -139,9 +153,16 @@ class Checkpoints:
         Raises:
             OSError: when it could not be written.
         """
-        saved = self._finish()
-        dist.barrier()
-        return saved
+        # Not a barrier: a slow disk or network is no reason for a collective to time out.
+        while not self._all_done():
+            self.waiting()
+            time.sleep(WAIT)
+        return self._finish()
+
+    def _all_done(self) -> bool:
+        done = torch.tensor([self._job is None or self._job[0].done], dtype=torch.int, device=device())
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+        return bool(done)
 
     def _finish(self) -> Saved | None:
         if self._job is None:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
@@ -18,15 +18,23 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Failure:
-    """The rank that ended a run, how it ended, and what it said last."""
+    """The rank that ended a run, how it ended, and what it said last.
+
+    Attributes:
+        exit_code: None for a rank that had not ended by itself.
+        stack: where it was, for a rank that hung: ``file:line in function``, the outermost first.
+    """
 
     rank: int
-    exit_code: int
+    exit_code: int | None
     error: str
+    stack: list[str] = field(default_factory=list)
 
     @property
     def reason(self) -> str:
         """How the rank ended, in words."""
+        if self.exit_code is None or self.stack:
+            return "hung"
         if self.exit_code >= 0:
             return f"ended with exit code {self.exit_code}"
         number = -self.exit_code
@@ -48,7 +56,27 @@ def record(folder: Path, rank: int, error: BaseException) -> None:
     """Write down, on the rank itself, the error that ends it."""
     lines = str(error).strip().splitlines() or [""]
     text = f"{type(error).__name__}: {lines[0]}"
-    _record_path(folder, rank).write_text(json.dumps({"time": time.time(), "error": text}))
+    _write(folder, rank, {"error": text})
+
+
+def record_hang(folder: Path, rank: int, error: str, stack: list[str], waits: bool) -> None:
+    """Write down, on the rank itself, that it made no progress.
+
+    Args:
+        folder: of logs and records.
+        rank: of this process.
+        error: what is known, in words.
+        stack: ``file:line in function``, the outermost first.
+        waits: whether it waited for other ranks.
+    """
+    _write(folder, rank, {"error": error, "stack": stack, "waits": waits})
+
+
+def _write(folder: Path, rank: int, what: dict) -> None:
+    path = _record_path(folder, rank)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps({"time": time.time(), **what}))
+    draft.rename(path)
 
 
 def clear(folder: Path, rank: int) -> None:
@@ -65,14 +93,17 @@ def first_failure(folder: Path, exit_codes: dict[int, int], logs_start: dict[int
         logs_start: bytes of each rank's log before this run.
 
     Returns:
-        A rank that could not even write down its error (killed, crashed) before one that could, and
-        among these the earliest.
+        A rank that hung, waiting for nobody; else one that could not even write down its error
+        (killed, crashed) before one that could, and among these the earliest; one that only waited
+        comes last.
     """
     found = []
     for rank, exit_code in exit_codes.items():
         try:
             written = json.loads(_record_path(folder, rank).read_text())
-            found.append((1, written["time"], Failure(rank, exit_code, written["error"])))
+            failure = Failure(rank, exit_code, written["error"], written.get("stack", []))
+            order = {None: 1, False: -1, True: 2}[written.get("waits")]
+            found.append((order, written["time"], failure))
         except (FileNotFoundError, ValueError):  # killed before or while it wrote
             last = _last_line(log_path(folder, rank), logs_start.get(rank, 0))
             found.append((0, 0.0, Failure(rank, exit_code, last)))

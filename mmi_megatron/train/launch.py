@@ -20,7 +20,8 @@ from mmi_megatron.config import Config
 from mmi_megatron.errors import ConfigError
 from mmi_megatron.layout import data_parallel_size
 from mmi_megatron.settings import save_config
-from mmi_megatron.train import checkpoint_folder, faults, worker
+from mmi_megatron.train import checkpoint_folder, faults, pulse, worker
+from mmi_megatron.train.signals import SIGNALS, STOPPED
 
 POLL = 0.1
 """Seconds between two looks at the ranks."""
@@ -31,8 +32,14 @@ SETTLE = 1.0
 SHOW_CURSOR = "\x1b[?25h"
 """For terminals: a progress bar hides the cursor, and a rank that is killed cannot bring it back."""
 
-PATIENCE = 10.0
-"""Seconds that a rank has to end after SIGTERM before it is killed."""
+STACK_LINES = 4
+"""Innermost lines of the stack of a rank that hung, in the message; its file has them all."""
+
+DUMP_TIME = 2.0
+"""Seconds that ranks have to write their stacks when they are asked to."""
+
+GRACE = 20.0
+"""Seconds beyond ``train.timeout`` in which ranks that hang should have said so themselves."""
 
 
 def launch(
@@ -61,18 +68,20 @@ def launch(
         module: what each rank runs.
 
     Returns:
-        The exit code: 0, or that of the rank that failed, or 128 and the number of a signal.
+        The exit code: 0; 75 for a run that was sent SIGTERM or SIGUSR1, which has saved and goes on
+        with ``--resume``; 70 for a rank that hung; else that of the rank that failed, or 128 and
+        the number of a signal that ended it before it could save.
 
     Raises:
         ConfigError: before anything starts: ranks that do not fit the layout or this machine, or a
             folder that already holds another run's checkpoints.
     """
     out = out.absolute()
-    if not resume and (there := checkpoint_folder.newest(out / "checkpoints")) is not None:
-        raise ConfigError(f"{out} holds a run at {there.name}; add --resume, or name another folder")
+    checkpoints = config.train.checkpoints or out / "checkpoints"
+    if not resume and (there := checkpoint_folder.newest(checkpoints)) is not None:
+        raise ConfigError(f"{there.parent} holds a run at {there.name}; add --resume, or name another folder")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        worker.run(config, out, resume, stop_after)
-        return 0
+        return worker.run(config, out, resume, stop_after)
     count = ranks or _default_ranks(config)
     data_parallel_size(config, count)
     if platform.has_gpu() and count > platform.default_ranks():
@@ -83,7 +92,7 @@ def launch(
     command = [sys.executable, "-X", "faulthandler", "-m", module, str(logs / "settings.yaml"), str(out)]
     command += ["--resume"] if resume else []
     command += ["--stop-after", str(stop_after)] if stop_after else []
-    return _Job(command, count, logs, config.train.threads).supervise(again or _this_command())
+    return _Job(command, count, logs, config).supervise(again or _this_command())
 
 
 def _default_ranks(config: Config) -> int:
@@ -101,10 +110,13 @@ def _this_command() -> str:
 class _Job:
     """The ranks of a job on this machine."""
 
-    def __init__(self, command: list[str], ranks: int, logs: Path, threads: int):
+    def __init__(self, command: list[str], ranks: int, logs: Path, config: Config):
         from torch.distributed import TCPStore
 
         self.logs = logs
+        self.timeout = config.train.timeout
+        self.checkpoints = config.train.checkpoints or logs.parent / "checkpoints"
+        self.asked: list[int] = []
         # The ranks meet at a store of this process, on a port that the system gives out: nobody can
         # take it in between, and it outlives any rank.
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -117,7 +129,7 @@ class _Job:
             "MASTER_PORT": str(self.store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
-            "OMP_NUM_THREADS": str(threads or max(1, platform.usable_cores() // ranks)),
+            "OMP_NUM_THREADS": str(config.train.threads or max(1, platform.usable_cores() // ranks)),
             "PYTHONUNBUFFERED": "1",
             worker.PARENT: str(os.getpid()),
         }
@@ -127,6 +139,7 @@ class _Job:
 
     def _start(self, rank: int, command: list[str], environment: dict[str, str]) -> subprocess.Popen:
         faults.clear(self.logs, rank)
+        pulse.clear(self.logs, rank)
         with faults.log_path(self.logs, rank).open("ab") as log:
             self.starts[rank] = log.tell()
             return subprocess.Popen(
@@ -135,25 +148,19 @@ class _Job:
                 stdin=subprocess.DEVNULL,
                 stdout=None if rank == 0 else log,
                 stderr=log,
-                # Ctrl-C must reach this process alone, which then ends the ranks in order.
+                # Signals must reach this process alone, which then ends the ranks in order.
                 start_new_session=True,
             )
 
     def supervise(self, again: str) -> int:
         """Wait for all ranks, or for the first that fails; its exit code."""
-        previous = signal.signal(signal.SIGTERM, _raise_exit)
+        previous = {number: signal.signal(number, self._forward) for number in SIGNALS}
         try:
             while any(process.poll() is None for process in self.processes.values()):
-                if self._failed():
+                if self._failed() or self._all_still():
                     break
                 time.sleep(POLL)
-            if not self._failed():
-                return 0
-            time.sleep(SETTLE)
-            cause = faults.first_failure(self.logs, self._failed(), self.starts)
-            self.end()
-            print(self._message(cause, again), file=sys.stderr, flush=True)
-            return cause.exit_code if cause.exit_code > 0 else 128 - cause.exit_code
+            return self._over(again)
         except KeyboardInterrupt:
             self.end()
             print(f"\nStopped. To go on: {again}", file=sys.stderr, flush=True)
@@ -162,36 +169,99 @@ class _Job:
             self.end()
             if sys.stdout.isatty():
                 print(SHOW_CURSOR, end="", flush=True)
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        """Ask all ranks to save and stop; a second time, end them."""
+        if number in self.asked:
+            raise SystemExit(128 + number)
+        self.asked.append(number)
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def _over(self, again: str) -> int:
+        """Say how the job ended; its exit code."""
+        if not self._failed() and not any(p.poll() is None for p in self.processes.values()):
+            codes = {process.returncode for process in self.processes.values()}
+            if STOPPED not in codes:
+                return 0
+            print(f"\nSaved and stopped. {self._way_on(again)}", file=sys.stderr, flush=True)
+            return STOPPED
+        time.sleep(SETTLE)
+        failed = self._failed()
+        for number in self.asked:
+            if set(failed.values()) == {-number}:  # before the ranks could have anything to save
+                return 128 + number
+        causes = self._hung() or self._stillest(failed)
+        cause = causes[0] if causes else faults.first_failure(self.logs, failed, self.starts)
+        self.end()
+        print(self._message(cause, again), file=sys.stderr, flush=True)
+        if cause.exit_code is None:
+            return pulse.HUNG
+        return cause.exit_code if cause.exit_code > 0 else 128 - cause.exit_code
 
     def _failed(self) -> dict[int, int]:
         """Exit codes of the ranks that have failed so far."""
         codes = {rank: process.poll() for rank, process in self.processes.items()}
-        return {rank: code for rank, code in codes.items() if code}
+        return {rank: code for rank, code in codes.items() if code and code != STOPPED}
+
+    def _still(self) -> dict[int, float]:
+        """Seconds since the last sign of life of every rank that runs and has ever given one."""
+        signs = {rank: pulse.read(self.logs, rank) for rank, p in self.processes.items() if p.poll() is None}
+        return {rank: time.time() - sign.time for rank, sign in signs.items() if sign is not None}
+
+    def _all_still(self) -> bool:
+        """Whether a rank hangs so that it cannot even say so."""
+        return any(seconds > self.timeout + GRACE for seconds in self._still().values())
+
+    def _hung(self) -> list[faults.Failure]:
+        """Ranks that run, have given no sign of life for long, and do not wait for another rank."""
+        still = [rank for rank, seconds in self._still().items() if seconds > self.timeout / 2]
+        for rank in still:
+            self.processes[rank].send_signal(pulse.DUMP)
+        if still:
+            time.sleep(DUMP_TIME)
+        found = []
+        for rank in still:
+            stack, sign = pulse.dumped(self.logs, rank), pulse.read(self.logs, rank)
+            if not any(pulse.waits_for_others(frame) for frame in stack[-3:]) and sign is not None:
+                error = f"hung at {sign}: no progress for {time.time() - sign.time:.0f} s"
+                found.append(faults.Failure(rank, None, error, stack))
+        return found
+
+    def _stillest(self, failed: dict[int, int]) -> list[faults.Failure]:
+        """Where no rank failed and all wait for each other: the one that has waited longest."""
+        still = {} if failed else self._still()
+        if not still:
+            return []
+        rank = max(still, key=lambda rank: still[rank])
+        sign, stack = pulse.read(self.logs, rank), pulse.dumped(self.logs, rank)
+        return [faults.Failure(rank, None, f"waits for ever at {sign}, as all ranks do", stack)]
 
     def end(self) -> None:
-        """End the ranks that still run, in kindness first."""
+        """End the ranks that still run. At once: what they wait for will not come."""
         for process in self.processes.values():
             if process.poll() is None:
-                process.terminate()
-        deadline = time.monotonic() + PATIENCE
-        for process in self.processes.values():
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+        for process in self.processes.values():
+            process.wait()
 
     def _message(self, cause: faults.Failure, again: str) -> str:
-        whole = checkpoint_folder.newest(self.logs.parent / "checkpoints")
+        sign = pulse.read(self.logs, cause.rank)
+        where = f" at {sign}" if sign is not None and not cause.stack else ""
+        lines = [
+            f"\nTraining ended: rank {cause.rank} {cause.reason}{where}.",
+            f"  last said: {cause.error}",
+            *(f"  its stack: {frame}" for frame in cause.stack[-STACK_LINES:]),
+            f"  its log:   {faults.log_path(self.logs, cause.rank)}",
+        ]
+        if cause.stack:
+            lines.append(f"  all stacks: {pulse.stacks_path(self.logs, cause.rank)}")
+        return "\n".join([*lines, f"  {self._way_on(again)}"])
+
+    def _way_on(self, again: str) -> str:
+        whole = checkpoint_folder.newest(self.checkpoints)
         where = f"continues after {whole.name}" if whole else "there is no checkpoint yet: starts anew"
-        return (
-            f"\nTraining ended: rank {cause.rank} {cause.reason}.\n"
-            f"  last said: {cause.error}\n"
-            f"  its log:   {faults.log_path(self.logs, cause.rank)}\n"
-            f"  to go on:  {again}   ({where})"
-        )
-
-
-def _raise_exit(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+        return f"to go on:  {again}   ({where})"

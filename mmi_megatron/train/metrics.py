@@ -2,7 +2,9 @@
 
 ``metrics.jsonl`` holds one JSON object a line, ``{"kind": "train", "step": 1, ...}`` for each step,
 with the values of ``FIELDS``, and ``{"kind": "validation", "step": 200, "story/next_token_loss": ...}``
-for each validation. A value that is not finite, or has nothing to be measured on, is null.
+for each validation. Other kinds tell of what happens now and then: ``checkpoint`` (seconds that
+training stood still for it, and that writing took beside it) and ``anatomy`` (what the parts of a step
+took; ``train.anatomy``). A value that is not finite, or has nothing to be measured on, is null.
 """
 
 from __future__ import annotations
@@ -114,6 +116,11 @@ class Meter:
         self._write("validation", step, values)
         shown = "  ".join(f"{name.replace('_', ' ')} {_number(value)}" for name, value in values.items())
         self.console.print(f"step {step}/{self.total}  held out: {shown}")
+
+    def event(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        """Put down something else that happened by the ``step``-th step."""
+        if self.writes:
+            self._write(kind, step, {name: _finite(value) for name, value in values.items()})
 
     def close(self) -> None:
         """Finish the bar and the files."""

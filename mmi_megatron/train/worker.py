@@ -12,6 +12,7 @@ from pathlib import Path
 from mmi_megatron.config import Config
 from mmi_megatron.settings import load_config
 from mmi_megatron.train import faults
+from mmi_megatron.train.signals import STOPPED, Stopped
 
 PARENT = "MMI_PARENT"
 """Environment variable with the process id of the launcher."""
@@ -24,8 +25,12 @@ class _ToTerminal(logging.Handler):
         print(self.format(record), flush=True)
 
 
-def run(config: Config, out: Path, resume: bool, stop_after: int | None) -> None:
-    """Train on this rank; torchrun's environment variables say which one it is."""
+def run(config: Config, out: Path, resume: bool, stop_after: int | None) -> int:
+    """Train on this rank; torchrun's environment variables say which one it is.
+
+    Returns:
+        The exit code: 0, or 75 when a signal made it save and stop.
+    """
     from mmi_megatron.train.loop import train
 
     rank = int(os.environ.get("RANK", "0"))
@@ -35,7 +40,13 @@ def run(config: Config, out: Path, resume: bool, stop_after: int | None) -> None
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         for name in ("mmi_megatron", "data_pipeline"):
             logging.getLogger(name).addHandler(handler)
-    train(config, out, resume, stop_after)
+    try:
+        train(config, out, resume, stop_after)
+    except Stopped as stopped:
+        if rank == 0:
+            print(stopped, flush=True)
+        return STOPPED
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None, work: Callable = run) -> None:
@@ -49,10 +60,11 @@ def main(arguments: Sequence[str] | None = None, work: Callable = run) -> None:
     if PARENT in os.environ:
         faults.end_with_parent(int(os.environ[PARENT]))
     try:
-        work(load_config(given.settings), given.out, given.resume, given.stop_after)
+        code = work(load_config(given.settings), given.out, given.resume, given.stop_after)
     except BaseException as error:
         faults.record(given.out / "logs", int(os.environ["RANK"]), error)
         raise
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":
