@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from mmi_megatron.config import (
     Config,
     DecoderConfig,
     LanguageConfig,
     MMFSConfig,
-    ParallelConfig,
     ResamplerConfig,
     VisionConfig,
 )
 from mmi_megatron.errors import ConfigError
+from mmi_megatron.layout import stages
 
 LEVELS = 4
 """Levels of an image's pyramid of maps."""
@@ -25,6 +27,9 @@ CHOICES = {
     "model.decoder.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16"),
+    "train.recompute.language": ("none", "selective", "full"),
+    "train.recompute.vision": ("none", "selective", "full"),
+    "train.recompute.decoder": ("none", "selective", "full"),
 }
 
 AT_LEAST = {
@@ -37,6 +42,8 @@ AT_LEAST = {
     "model.loss.next_image": 0,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
+    "parallel.virtual": 1,
+    "parallel.bucket": 0,
     "parallel.context": 1,
     "optimizer.lr": 0,
     "optimizer.decoder_lr": 0,
@@ -92,7 +99,7 @@ def check_config(config: Config) -> None:
     _check_vision(model.vision)
     _check_language(model.language)
     _check_decoder(model.decoder)
-    _check_parallel(config.parallel, model.language)
+    _check_parallel(config)
     _check_data(config)
     if model.loss.next_token == 0 and model.loss.next_image == 0:
         raise ConfigError("model.loss: next_token and next_image are both 0, so there is nothing to train")
@@ -203,14 +210,22 @@ def _check_decoder(decoder: DecoderConfig) -> None:
     _check_mmfs(f"{where}.mmfs", decoder.mmfs)
 
 
-def _check_parallel(parallel: ParallelConfig, language: LanguageConfig) -> None:
-    for name in ("pipeline", "context"):
-        if (ranks := getattr(parallel, name)) > 1:
-            raise ConfigError(
-                f"parallel.{name}: {name} parallelism is not available yet; set it to 1, got {ranks}"
-            )
+def _check_parallel(config: Config) -> None:
+    parallel, language = config.parallel, config.model.language
+    if parallel.context > 1:
+        there = importlib.util.find_spec("transformer_engine") is not None
+        reason = (
+            "this version does not drive TransformerEngine's attention for packed rows yet"
+            if there
+            else "it needs TransformerEngine's attention, which is not installed"
+        )
+        raise ConfigError(f"parallel.context: set it to 1, got {parallel.context}; {reason}")
     if parallel.sequence:
-        raise ConfigError("parallel.sequence: sequence parallelism is not available yet; set it to false")
+        if parallel.tensor == 1:
+            raise ConfigError(
+                "parallel.sequence: there is nothing to divide over at parallel.tensor=1; set it to false"
+            )
+        _divides("data.context_length", config.data.context_length, "parallel.tensor", parallel.tensor)
     divided = ["heads", "kv_heads", "ffn", "vocabulary_multiple"]
     if language.mmfs.kind != "none":
         divided.append("mmfs.heads")
@@ -219,6 +234,7 @@ def _check_parallel(parallel: ParallelConfig, language: LanguageConfig) -> None:
         _divides(
             name, value_at(language, name.removeprefix("model.language.")), "parallel.tensor", parallel.tensor
         )
+    stages(config)
 
 
 def _check_data(config: Config) -> None:

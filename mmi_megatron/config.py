@@ -221,15 +221,31 @@ class ModelConfig:
 class ParallelConfig:
     """Layout. Data parallelism takes what ranks are left.
 
-    ``shard_images`` divides the images of a micro-batch over the tensor-parallel group for the
-    visual tokenizer and the image decoder.
+    Attributes:
+        tensor: ranks that share one copy of a stage's layers.
+        pipeline: ranks in a row that share the layers; the first holds the visual tokenizer and the
+            embeddings, the last the head and the image decoder.
+        virtual: stages that each of these ranks holds, taken in turns (interleaved schedule).
+        stages: layers of each of the ``pipeline * virtual`` stages in their order; the last may be 0.
+            Empty divides them evenly.
+        context: context parallelism, which needs TransformerEngine.
+        sequence: divide norms and residuals over the tensor-parallel group too.
+        shard_images: divide the images of a micro-batch over the tensor-parallel group for the visual
+            tokenizer and the image decoder.
+        overlap: reduce gradients while the backward pass still runs, and gather parameters while the
+            forward pass already does.
+        bucket: parameters of one such exchange, 0 for Megatron's choice.
     """
 
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1
+    stages: list[int] = field(default_factory=list)
     context: int = 1
     sequence: bool = False
     shard_images: bool = True
+    overlap: bool = True
+    bucket: int = 0
 
 
 @dataclass
@@ -254,6 +270,21 @@ class OptimizerConfig:
     eps: float = 1e-6
     weight_decay: float = 0.05
     clip: float = 1.0
+
+
+@dataclass
+class RecomputeConfig:
+    """Activations that are forgotten after the forward pass and computed again in the backward pass.
+
+    Each part has its own way: ``none``; ``selective``: only what is large and quick to compute
+    (language: the core attention; vision: within each layer of the ViT; decoder: within each block of
+    the U-Net); ``full``: everything (language: layer by layer; vision and decoder: the part as a
+    whole, which pays where pipeline stages keep many micro-batches waiting).
+    """
+
+    language: str = "none"
+    vision: str = "none"
+    decoder: str = "none"
 
 
 @dataclass
@@ -319,7 +350,7 @@ class TrainConfig:
     checkpoints: str = ""
     init_from: list[str] = field(default_factory=list)
     watch: WatchConfig = field(default_factory=WatchConfig)
-    recompute: bool = False
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
 
 @dataclass

@@ -84,7 +84,7 @@ def test_the_tree_s_defaults_are_the_paper_s():
         "data.workers",
         "parallel.tensor",
         "train.rows",
-        "train.recompute",
+        "train.recompute.language",
     }
 
 
@@ -226,9 +226,15 @@ def test_wrong_names_and_types(override, expected):
         (["parallel.tensor=3", "model.language.ffn=513"], ["vocabulary_multiple", "parallel.tensor, 3"]),
         (["model.language.ffn=511"], ["model.language.ffn", "parallel.tensor, 2"]),
         (["model.language.mmfs.heads=1"], ["model.language.mmfs.heads", "parallel.tensor, 2"]),
-        (["parallel.pipeline=2"], ["pipeline parallelism is not available yet"]),
-        (["parallel.context=2"], ["context parallelism is not available yet"]),
-        (["parallel.sequence=true"], ["sequence parallelism is not available yet"]),
+        (["parallel.pipeline=4", "model.language.layers=6"], ["parallel.stages", "6 layers", "4 stages"]),
+        (["parallel.pipeline=2", "parallel.stages=[3,2]"], ["parallel.stages", "5", "model.language.layers"]),
+        (["parallel.pipeline=2", "parallel.stages=[1,1,1]"], ["parallel.stages", "parallel.pipeline"]),
+        (["parallel.pipeline=2", "parallel.stages=[5,-1]"], ["parallel.stages", "at least 0"]),
+        (["parallel.virtual=2"], ["parallel.virtual", "parallel.pipeline=1"]),
+        (["parallel.context=2"], ["parallel.context", "TransformerEngine"]),
+        (["parallel.tensor=1", "parallel.sequence=true"], ["parallel.sequence", "parallel.tensor=1"]),
+        (["parallel.sequence=true", "data.context_length=161"], ["data.context_length", "parallel.tensor, 2"]),
+        (["train.recompute.vision=some"], ["train.recompute.vision", "selective"]),
         (["model.decoder.image_size=30"], ["model.decoder.image_size", "U-Net", "4"]),
         (["model.decoder.vae={norm_groups: 16}", "model.decoder.image_size=48"], ["VAE", "32"]),
         (["model.decoder.unet.attention=[true]"], ["unet.attention", "1 for 3"]),

@@ -252,4 +252,4 @@ def test_a_process_without_torchrun_is_a_world_of_its_own(ranks):
     from mmi_megatron.parallel.groups import Layout
 
     layout, left = ranks.run(1, alone_without_torchrun)[0]
-    assert layout == Layout(0, 1, 0, 1, 0, 1) and left == []
+    assert layout == Layout(0, 1, 0, 1, 0, 1, 0, 1) and left == []

@@ -95,7 +95,7 @@ def sharded_gradients(tensor: int, frozen: bool, shard_images: bool, drop_maps: 
     try:
         model = sharded_model(config)
         if drop_maps:
-            model.image_ranks.spread = lambda whole: whole.detach() if whole.ndim == 3 else whole
+            model.image_ranks.own_part = lambda maps: maps.detach()
         losses = model(prepare(random_batch(SEED), SPECIAL, config.model, torch.device("cpu")), SEED, 3)
         loss_of(losses, config).backward()
         grads = {
@@ -150,7 +150,13 @@ def twenty_steps(tensor: int):
     from mmi_megatron.model.mm_interleaved import prepare
     from mmi_megatron.parallel import groups
     from mmi_megatron.parallel.plain import gather_plain
-    from mmi_megatron.train.optimizer import build_optimizer, finish, mark_image_parallel, wrap
+    from mmi_megatron.train.optimizer import (
+        build_optimizer,
+        finish,
+        gather_parameters,
+        mark_image_parallel,
+        wrap,
+    )
 
     config = small_config(tensor)
     groups.initialize(config)
@@ -171,6 +177,7 @@ def twenty_steps(tensor: int):
             assert not skipped
             scheduler.step(increment=1)
             record.append((float(losses.tokens.mean()), float(losses.images.mean()), float(norm)))
+        gather_parameters(ddp)
         weights = gather_plain(model.language_model)
         weights |= {n: p.detach() for n, p in model.named_parameters() if not n.startswith("language_model.")}
         return record, {name: tensor.clone() for name, tensor in weights.items()}

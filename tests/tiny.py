@@ -26,6 +26,7 @@ def tiny_config(tensor: int = 1, **changes) -> Config:
     """A configuration for the tiny model; ``changes`` are ``optimizer__lr=...`` and the like."""
     config = Config()
     config.parallel.tensor = tensor
+    config.parallel.overlap = False  # `Run.backward` drives no schedule
     train, optimizer = config.train, config.optimizer
     train.steps, train.rows, train.micro_rows, train.precision, train.threads = 20, 4, 1, "fp32", 1
     train.timeout = 60

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.tokens import Tokenizer, load_tokenizer
-from mmi_megatron.config import Config
+from mmi_megatron.config import Config, ParallelConfig
 from mmi_megatron.errors import ConfigError
 from mmi_megatron.model.language_model import LanguageModel
 from mmi_megatron.model.mm_interleaved import MMInterleaved
@@ -65,7 +65,7 @@ def load_run(run: Path, device: torch.device) -> Run:
     tokenizer = load_tokenizer(config.data.tokenizer)
     alone = replace(
         config,
-        parallel=replace(config.parallel, tensor=1, sequence=False, shard_images=False),
+        parallel=ParallelConfig(shard_images=False),
         train=replace(config.train, rows=1, micro_rows=1),
     )
     groups.initialize(alone)

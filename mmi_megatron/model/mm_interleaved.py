@@ -6,16 +6,18 @@ The language model is handed in: the plain one of ``model.language_model`` or th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.batch import Batch
 from data_pipeline.rows import RowDescription, SpecialTokens, describe_stream
-from mmi_megatron.config import ModelConfig
+from mmi_megatron.config import ModelConfig, RecomputeConfig
 from mmi_megatron.model.image_decoder import ImageDecoder
 from mmi_megatron.model.language_model import Visibility
 from mmi_megatron.model.visual_tokenizer import VisualTokenizer
@@ -32,7 +34,7 @@ class Inputs:
         images: uint8 [I, 3, h, w].
         drawn: uint8 [J, 3, H, W]; ``drawn_ids`` their image ids.
         contexts: (first, last) position in the stream of each drawn image's BOS and BoI.
-        references: int32 [J, 2], half-open interval of the images each may look at.
+        references: int32 [J, 2] on the CPU, half-open interval of the images each may look at.
         out_of_reach: images that the end of their document cannot see, the table being too short.
     """
 
@@ -90,7 +92,7 @@ def prepare(batch: Batch, special: SpecialTokens, config: ModelConfig, device: t
         drawn=torch.from_numpy(batch.drawn).to(device),
         drawn_ids=batch.image_ids[drawn].tolist(),
         contexts=list(zip(starts[drawn].tolist(), bois[drawn].tolist(), strict=True)),
-        references=torch.from_numpy(references[drawn].astype(np.int32)).to(device),
+        references=torch.from_numpy(references[drawn].astype(np.int32)),
         out_of_reach=int(np.maximum(per_document - reach, 0).sum()),
     )
 
@@ -127,8 +129,17 @@ class Images:
         return count
 
     def gather(self, shares: Tensor, count: int) -> Tensor:
-        """All images [count, ...] from the ranks' shares."""
+        """All images [count, ...] from the ranks' shares; what follows is the same on every rank."""
         return shares
+
+    def gather_maps(self, shares: Tensor, count: int) -> Tensor:
+        """The same for maps; what follows differs by rank, and so does their gradient: each rank has a
+        part of it, that of its attention heads and drawn images, and the parts are summed."""
+        return shares
+
+    def own_part(self, maps: Tensor) -> Tensor:
+        """Maps for the drawn images of this rank's share, such that the ranks' gradients add up."""
+        return maps
 
     def spread(self, whole: Tensor) -> Tensor:
         """The same tensor, about to be used for this rank's images only."""
@@ -160,32 +171,37 @@ class MMInterleaved(nn.Module):
     Args:
         config: the model.
         language: the language model, plain or sharded.
-        tokenizer, decoder: the visual tokenizer and the image decoder (None without image loss).
+        tokenizer, decoder: the visual tokenizer and the image decoder (None without image loss). A
+            stage of a pipeline that does not hold them has None too.
         images: how images are divided over ranks.
+        recompute: whose activations are computed again in the backward pass.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         language: nn.Module,
-        tokenizer: VisualTokenizer,
+        tokenizer: VisualTokenizer | None,
         decoder: ImageDecoder | None,
         images: Images | None = None,
+        recompute: RecomputeConfig | None = None,
     ):
         super().__init__()
         self.settings = config
-        self.visual_tokenizer = tokenizer
+        self.visual_tokenizer: Any = tokenizer
         self.language_model: Any = language
         self.image_decoder = decoder
         self.image_ranks = images or Images()
-        self.looks = config.language.mmfs.kind != "none" or (
-            decoder is not None and config.decoder.mmfs.kind != "none"
-        )
+        self.recompute = recompute or RecomputeConfig()
         self.freeze()
+        if tokenizer is not None and self.recompute.vision == "selective":
+            tokenizer.vit.set_grad_checkpointing()
+        if decoder is not None and self.recompute.decoder == "selective":
+            decoder.unet.enable_gradient_checkpointing()
 
     def freeze(self) -> None:
         """Take the frozen parts out of training."""
-        if self.settings.vision.frozen:
+        if self.visual_tokenizer is not None and self.settings.vision.frozen:
             self.visual_tokenizer.vit.requires_grad_(False)
         if self.settings.language.frozen:
             self.language_model.freeze()
@@ -198,31 +214,36 @@ class MMInterleaved(nn.Module):
         mine = self.image_ranks.share(count).to(images.device)
         pixels = images[mine] if count else images.new_zeros(1, *images.shape[1:])
         dtype = next(self.visual_tokenizer.parameters()).dtype
-        tokens, maps = self.visual_tokenizer(pixels.to(dtype) / 255)
-        return self.image_ranks.gather(tokens, count), self.image_ranks.gather(maps, count)
+        again = self.recompute.vision == "full" and self.training
+        tokens, maps = _call(self.visual_tokenizer, again, pixels.to(dtype) / 255)
+        return self.image_ranks.gather(tokens, count), self.image_ranks.gather_maps(maps, count)
 
-    def read(self, inputs: Inputs, cache=None) -> tuple[Tensor, Tensor]:
-        """Hidden states [T, width] after the final norm, and the images' maps [I, S, C]."""
+    def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The stream's embeddings [T, width], visual tokens among them, and the maps [I, S, C]."""
         tokens, maps = self.encode(inputs.images)
         count = len(inputs.images)
         embeddings = self.language_model.embed(inputs.tokens)
         visual = tokens[:count].flatten(0, 1).to(embeddings.dtype)
         embeddings = embeddings.index_copy(0, inputs.placeholders, visual)
         # What nothing looks at still takes part, so that every rank has all gradients: the tokenizer
-        # in a batch without images, the adapter where MMFS is off.
-        zero = 0 * (tokens.sum() + maps.sum()) if not (count and self.looks) else 0
-        hidden = self.language_model(embeddings, inputs.sees, maps[:count])
-        return hidden + zero, maps[:count]
+        # in a batch without images, the adapter where the language model does not look at maps.
+        if not (count and self.settings.language.mmfs.kind != "none"):
+            embeddings = embeddings + 0 * (tokens.sum() + maps.sum()).to(embeddings.dtype)
+        return embeddings, maps[:count]
+
+    def read(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, width] after the final norm, and the images' maps [I, S, C]."""
+        embeddings, maps = self.embed(inputs)
+        return self.language_model(embeddings, inputs.sees, maps), maps
 
     def forward(self, inputs: Inputs, seed: int, step: int) -> Losses:
         """Losses of a micro-batch; the noise is keyed by (seed, step, image id)."""
-        hidden, maps = self.read(inputs)
+        return self.losses(inputs, *self.read(inputs), seed, step)
+
+    def losses(self, inputs: Inputs, hidden: Tensor, maps: Tensor, seed: int, step: int) -> Losses:
+        """Losses of what was read: hidden states [T, width] and maps [I, S, C]."""
         images, zero = self._image_losses(inputs, hidden, maps, seed, step)
-        tokens = self.language_model.token_losses(hidden, inputs.labels)
-        if self.settings.loss.next_token == 0:
-            tokens = tokens.detach()
-            zero = zero + 0 * hidden.sum()
-        return Losses(tokens, images, zero)
+        return Losses(self.language_model.token_losses(hidden, inputs.labels), images, zero)
 
     def _image_losses(
         self, inputs: Inputs, hidden: Tensor, maps: Tensor, seed: int, step: int
@@ -237,11 +258,13 @@ class MMInterleaved(nn.Module):
         owned = self.image_ranks.owned(count)
         ids = [inputs.drawn_ids[j] for j in mine.tolist()]
         context, mask = self.contexts(self.image_ranks.spread(hidden), inputs.contexts, mine.tolist())
-        losses = self.image_decoder.loss(
+        losses = _call(
+            self.image_decoder.loss,
+            self.recompute.decoder == "full" and self.training,
             inputs.drawn[mine],
             context,
             mask,
-            self.image_ranks.spread(maps),
+            self.image_ranks.own_part(maps),
             inputs.references[mine],
             self.image_decoder.draw_keys(ids, seed, step),
         )
@@ -269,9 +292,24 @@ class MMInterleaved(nn.Module):
         return hidden[position.clamp_min(0)], mask
 
     @torch.no_grad()
-    def draw(self, inputs: Inputs, *, steps: int, guidance: float, seeds: list[int], **options) -> Tensor:
-        """Draw every drawn image of the batch from its true context, uint8 [J, 3, H, W]."""
-        hidden, maps = self.read(inputs)
+    def draw(self, inputs: Inputs, **options) -> Tensor:
+        """Draw every drawn image of the batch from its true context, uint8 [J, 3, H, W]; the options
+        are those of ``draw_from``."""
+        return self.draw_from(inputs, *self.read(inputs), **options)
+
+    @torch.no_grad()
+    def draw_from(
+        self,
+        inputs: Inputs,
+        hidden: Tensor,
+        maps: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        seeds: list[int],
+        **options,
+    ) -> Tensor:
+        """The same, of what was read: hidden states [T, width] and maps [I, S, C]."""
         count = len(inputs.drawn)
         if not count:
             return inputs.drawn
@@ -292,3 +330,8 @@ class MMInterleaved(nn.Module):
         every = torch.zeros(count, *pictures.shape[1:], device=pictures.device)
         every[mine[:owned]] = pictures[:owned].float()
         return self.image_ranks.total(every).to(torch.uint8)
+
+
+def _call(function: Callable, again: bool, *arguments):
+    """The function's result; with ``again``, its activations are computed again in the backward pass."""
+    return checkpoint(function, *arguments, use_reentrant=False) if again else function(*arguments)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmi_kernels import ms_deform_attn
 from mmi_megatron.config import AdapterConfig
@@ -269,7 +270,8 @@ class ViTAdapter(nn.Module):
             patches = injector(tokens[:, prefix:], grid, pyramid, coarse)
             tokens = torch.cat([tokens[:, :prefix], patches], 1)
             for block in blocks[self.bounds[index] : self.bounds[index + 1]]:
-                tokens = block(tokens)
+                again = vit.grad_checkpointing and torch.is_grad_enabled()
+                tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
             patches = tokens[:, prefix:]
             pyramid = extractor(pyramid, coarse, patches, grid)
             seen.append(patches.transpose(1, 2).unflatten(2, self.grid))

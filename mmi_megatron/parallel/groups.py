@@ -20,12 +20,14 @@ from mmi_megatron.layout import data_parallel_size
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place: in the world, in its tensor-parallel and in its data-parallel group."""
+    """This rank's place: in the world and in its tensor-, pipeline- and data-parallel groups."""
 
     rank: int
     world: int
     tp_rank: int
     tp_size: int
+    pp_rank: int
+    pp_size: int
     dp_rank: int
     dp_size: int
 
@@ -48,6 +50,9 @@ def initialize(config: Config) -> Layout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            config.parallel.virtual if config.parallel.virtual > 1 else None
+        ),
         context_parallel_size=config.parallel.context,
         # Modules whose images are divided over the tensor-parallel group are reduced over TP x DP
         # by Megatron's expert groups (train.optimizer.mark_image_parallel).
@@ -60,6 +65,8 @@ def initialize(config: Config) -> Layout:
         world=world,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=config.parallel.tensor,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=config.parallel.pipeline,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=replicas,
     )

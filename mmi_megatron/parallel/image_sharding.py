@@ -40,6 +40,11 @@ class TensorParallelImages(Images):
         gradient: each rank takes its part of it."""
         return gather_from_sequence_parallel_region(shares, tensor_parallel_output_grad=False)[:count]
 
+    def gather_maps(self, shares: Tensor, count: int) -> Tensor:
+        """All images' maps from every rank's share; their gradients are summed, each rank getting
+        those of its own images."""
+        return gather_from_sequence_parallel_region(shares)[:count]
+
     def spread(self, whole: Tensor) -> Tensor:
         """What every rank holds, about to be used for different images: gradients are summed."""
         return copy_to_tensor_model_parallel_region(whole)
@@ -47,3 +52,16 @@ class TensorParallelImages(Images):
     def total(self, part: Tensor) -> Tensor:
         """The sum over the ranks' images."""
         return reduce_from_tensor_model_parallel_region(part)
+
+
+class ReplicatedImages(Images):
+    """Every rank of the tensor-parallel group works on all images, for comparison. What it does is
+    the same on each, so the drawn images' gradient of the maps counts on the first rank alone."""
+
+    def gather_maps(self, shares: Tensor, count: int) -> Tensor:
+        """The maps as they are; their gradients are summed."""
+        return copy_to_tensor_model_parallel_region(shares)
+
+    def own_part(self, maps: Tensor) -> Tensor:
+        """The maps, whose gradient is passed on by the first rank."""
+        return maps if parallel_state.get_tensor_model_parallel_rank() == 0 else maps.detach()

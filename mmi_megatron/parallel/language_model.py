@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -22,15 +23,17 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import IGNORED
 from mmi_megatron.config import LanguageConfig
+from mmi_megatron.layout import Stage
 from mmi_megatron.model.attention import rotary_angles
 from mmi_megatron.model.language_model import ImageTokens, LevelSelect, Visibility, padded_vocabulary
 from mmi_megatron.parallel.spec import Documents, block_spec
 
 
 class ShardedLanguageModel(MegatronModule):
-    """Twin of ``model.language_model.LanguageModel``; arguments and results are the same.
+    """Twin of ``model.language_model.LanguageModel``, or a pipeline stage of it.
 
-    Weights are zero until ``parallel.plain`` fills them in from the plain twin's.
+    Weights are zero until ``parallel.plain`` fills them in from the plain twin's. ``embed`` is for the
+    first stage, ``logits`` and ``token_losses`` for the last; ``forward`` for a single one.
     """
 
     def __init__(
@@ -41,31 +44,45 @@ class ShardedLanguageModel(MegatronModule):
         shapes: tuple[tuple[int, int], ...],
         boi: int,
         image: int,
+        stage: Stage,
     ):
         super().__init__(config=config)
-        self.boi, self.image = boi, image
+        self.boi, self.image, self.stage = boi, image, stage
         self.select = LevelSelect(language, shapes)
         language, shapes = self.select.inner
         self.language, self.maps_width, self.shapes = language, maps_width, shapes
         rows = padded_vocabulary(language)
-        self.embedding = VocabParallelEmbedding(
-            rows, language.width, init_method=nn.init.zeros_, config=config
+        self.embedding: Any = None
+        if stage.first:
+            self.embedding = VocabParallelEmbedding(
+                rows, language.width, init_method=nn.init.zeros_, config=config
+            )
+        self.decoder = TransformerBlock(
+            config,
+            block_spec(language, maps_width, shapes, stage.layers),
+            post_process=stage.last,
+            vp_stage=stage.index // config.pipeline_model_parallel_size,
         )
-        self.decoder = TransformerBlock(config, block_spec(language, maps_width, shapes))
-        # The hidden states are gathered before the head, which reads them whole.
-        whole = copy.copy(config)
-        whole.sequence_parallel = False
-        self.output_layer = ColumnParallelLinear(
-            language.width,
-            rows,
-            config=whole,
-            init_method=nn.init.zeros_,
-            bias=False,
-            gather_output=False,
-        )
-        self.image_tokens = (
-            ImageTokens(language).to(config.params_dtype) if language.train_image_tokens else None
-        )
+        self.output_layer: Any = None
+        if stage.last:
+            # The hidden states are gathered before the head, which reads them whole.
+            whole = copy.copy(config)
+            whole.sequence_parallel = False
+            self.output_layer = ColumnParallelLinear(
+                language.width,
+                rows,
+                config=whole,
+                init_method=nn.init.zeros_,
+                bias=False,
+                gather_output=False,
+            )
+        self.image_tokens: Any = None
+        if language.train_image_tokens and (stage.first or stage.last):
+            self.image_tokens = ImageTokens(language).to(config.params_dtype)
+            if not stage.first:
+                self.image_tokens.embedding = None
+            if not stage.last:
+                self.image_tokens.head = None
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See ``LanguageModel.embed``."""
@@ -77,23 +94,41 @@ class ShardedLanguageModel(MegatronModule):
 
     def forward(self, embeddings: Tensor, sees: Visibility, maps: Tensor) -> Tensor:
         """See ``LanguageModel.forward``."""
+        return self.leave(self.run(self.enter(embeddings), sees, maps))
+
+    def enter(self, embeddings: Tensor) -> Tensor:
+        """Hidden states of this rank, [T, 1, width] or its part of them under sequence parallelism."""
+        hidden = embeddings.unsqueeze(1)
+        return scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """All hidden states [T, width] of those that each rank has."""
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return hidden.squeeze(1)
+
+    def run(self, hidden: Tensor, sees: Visibility, maps: Tensor) -> Tensor:
+        """This stage's layers, and the final norm in the last one.
+
+        Args:
+            hidden: [T, 1, width], or this rank's part under sequence parallelism.
+            sees: structure of the whole stream.
+            maps: [I, S, maps_width]. Their gradient is this rank's part, to be summed over the
+                tensor-parallel group.
+
+        Returns:
+            Of the shape of ``hidden``.
+        """
         head_width = self.language.width // self.language.heads
         angles = rotary_angles(sees.position, head_width, self.language.rope_theta)
-        hidden = embeddings.unsqueeze(1)
-        maps = self.select(maps)
-        if self.config.sequence_parallel:
-            hidden = scatter_to_sequence_parallel_region(hidden)
-        hidden = self.decoder(
+        return self.decoder(
             hidden,
             attention_mask=None,
-            context=maps.flatten(0, 1).unsqueeze(1),
+            context=self.select(maps).flatten(0, 1).unsqueeze(1),
             context_mask=sees.visible,
             rotary_pos_emb=angles[:, None, None],
             packed_seq_params=Documents(sees.bounds),
         )
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return hidden.squeeze(1)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """This rank's columns of the logits, float32, padded rows at minus infinity."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mmi_kernels import mmfs_attention
 from mmi_megatron.config import MMFSConfig
 from mmi_megatron.model.mmfs import dense_attention
-from mmi_megatron.parallel.norm import RMSNorm
+from mmi_megatron.parallel.norm import MapsNorm
 
 
 class ShardedMMFS(MegatronModule):
@@ -55,22 +55,25 @@ class ShardedMMFS(MegatronModule):
         self.base = mmfs.base or shapes[0][0]
         levels, points = len(mmfs.levels), mmfs.points
 
-        # The maps are the same on every rank; under sequence parallelism only the queries are split.
+        # The maps are the same on every rank, their gradient is not: each rank adds that of its heads,
+        # and where a stage begins they are summed once for all its layers. Under sequence parallelism
+        # only the queries are split.
         whole = copy.copy(config)
         whole.sequence_parallel = False
         inner = mmfs.value_width if dense else width
         column, row = partial(ColumnParallelLinear, gather_output=False), RowParallelLinear
-        self.norm_maps = RMSNorm(whole, maps_width, config.layernorm_epsilon)
+        of_maps = partial(column, disable_grad_reduce=True)
+        self.norm_maps = MapsNorm(whole, maps_width, config.layernorm_epsilon)
         self.query_proj = _linear(config, column, width, inner)
         self.table = self._slice(mmfs.table_rows, inner // tensor, dim=1)
         if dense:
-            self.key_proj = _linear(whole, column, maps_width, mmfs.value_width)
+            self.key_proj = _linear(whole, of_maps, maps_width, mmfs.value_width)
         else:
             self.offsets_weight = self._slice(mmfs.heads * points * 2, width // tensor, dim=1)
             self.offsets_bias = self._slice(heads * points * 2, dim=0)
             self.logits_weight = self._slice(mmfs.heads * levels * points, width // tensor, dim=1)
             self.logits_bias = self._slice(heads * levels * points, dim=0)
-        self.value_proj = _linear(whole, column, maps_width, mmfs.value_width)
+        self.value_proj = _linear(whole, of_maps, maps_width, mmfs.value_width)
         self.sink_value = self._slice(mmfs.value_width // tensor, dim=0)
         self.output_proj = _linear(config, partial(row, input_is_parallel=True), mmfs.value_width, width)
 
@@ -147,6 +150,7 @@ class GatedAdd(MegatronModule):
     def __init__(self, config: TransformerConfig):
         super().__init__(config=config)
         self.gate = nn.Parameter(torch.zeros(1, dtype=config.params_dtype))
+        self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, training: bool, fused: bool):
         """The function that Megatron's layer calls with (out, bias), residual and dropout."""

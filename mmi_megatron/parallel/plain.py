@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mmi_megatron.config import LanguageConfig
-from mmi_megatron.model.language_model import DecoderLayer, LanguageModel
+from mmi_megatron.model.language_model import DecoderLayer, LanguageModel, has_mmfs
 from mmi_megatron.parallel.language_model import ShardedLanguageModel
 
 
@@ -112,68 +112,75 @@ def layer_rules(config: LanguageConfig, mmfs: bool) -> dict[str, Rule]:
     return rules
 
 
-def outer_rules(config: LanguageConfig) -> dict[str, Rule]:
-    """Rules of what lies around the layers."""
-    rules = {
-        "embedding.weight": _split("embed_tokens.weight", 0),
-        "decoder.final_layernorm.weight": _whole("norm.weight"),
-        "output_layer.weight": _split("lm_head.weight", 0),
-    }
+def outer_rules(config: LanguageConfig, first: bool = True, last: bool = True) -> dict[str, Rule]:
+    """Rules of what lies around the layers, in the first and in the last pipeline stage."""
+    rules, tokens = {}, []
+    if first:
+        rules["embedding.weight"] = _split("embed_tokens.weight", 0)
+        tokens += ["embedding"]
+    if last:
+        rules["decoder.final_layernorm.weight"] = _whole("norm.weight")
+        rules["output_layer.weight"] = _split("lm_head.weight", 0)
+        tokens += ["head.weight", "head.bias"]
     if config.train_image_tokens:
-        names = ("embedding", "head.weight", "head.bias")
-        rules |= {f"image_tokens.{name}": _whole(f"image_tokens.{name}") for name in names}
+        rules |= {f"image_tokens.{name}": _whole(f"image_tokens.{name}") for name in tokens}
     return rules
 
 
 def _parts(model: ShardedLanguageModel) -> Iterator[tuple[str, str, dict[str, Rule]]]:
-    """Prefix in the sharded and in the plain model, and the rules there."""
-    yield "", "", outer_rules(model.language)
-    for index, layer in enumerate(model.decoder.layers):
-        rules = layer_rules(model.language, hasattr(layer.cross_attn_bda, "gate"))
-        yield f"decoder.layers.{index}.", f"layers.{layer.layer_number - 1}.", rules
+    """Prefix in this rank's and in the plain model, and the rules there."""
+    yield "", "", outer_rules(model.language, model.stage.first, model.stage.last)
+    for index, layer in enumerate(model.stage.layers):
+        rules = layer_rules(model.language, has_mmfs(model.language, layer))
+        yield f"decoder.layers.{index}.", f"layers.{layer}.", rules
+
+
+def plain_names(config: LanguageConfig) -> set[str]:
+    """Names of all the plain model's tensors."""
+    names = {name for rule in outer_rules(config).values() for name in rule.plain}
+    for layer in range(config.layers):
+        for rule in layer_rules(config, has_mmfs(config, layer)).values():
+            names |= {f"layers.{layer}.{name}" for name in rule.plain}
+    return names
 
 
 @torch.no_grad()
 def load_plain(model: ShardedLanguageModel, plain: dict[str, Tensor]) -> None:
-    """Fill the sharded model from the plain one's state dict.
+    """Fill the sharded model, or this stage of it, from the plain one's state dict.
 
     Raises:
         KeyError: when a plain tensor is missing; ValueError: when a shape differs or one is left over.
     """
-    unused = set(plain)
+    if unknown := set(plain) - plain_names(model.language):
+        raise ValueError(f"plain tensors that the model has no place for: {sorted(unknown)[:8]}")
     for prefix, source, rules in _parts(model):
         tensors = {
             name.removeprefix(source): tensor for name, tensor in plain.items() if name.startswith(source)
         }
-        used = _fill(model, prefix, rules, tensors)
-        unused -= {source + name for name in used}
-    if unused:
-        raise ValueError(f"plain tensors that the model has no place for: {sorted(unused)[:8]}")
+        _fill(model, prefix, rules, tensors)
 
 
-def _fill(model: nn.Module, prefix: str, rules: dict[str, Rule], tensors: dict[str, Tensor]) -> set[str]:
+def _fill(model: nn.Module, prefix: str, rules: dict[str, Rule], tensors: dict[str, Tensor]) -> None:
     ranks = parallel_state.get_tensor_model_parallel_world_size()
     rank = parallel_state.get_tensor_model_parallel_rank()
     parameters = dict(model.named_parameters())
-    used: set[str] = set()
     for name, rule in rules.items():
         piece = rule.join([tensors[plain] for plain in rule.plain], ranks)[rank]
         parameter = parameters[prefix + name]
         if piece.shape != parameter.shape:
             raise ValueError(f"{prefix}{name}: expected {tuple(parameter.shape)}, got {tuple(piece.shape)}")
         parameter.copy_(piece)
-        used |= set(rule.plain)
-    return used
 
 
 def gather_plain(
     model: ShardedLanguageModel,
     of: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.data,
 ) -> dict[str, Tensor]:
-    """The plain tensors from all ranks' parameters, the same on every rank (collective).
+    """The plain tensors from the tensor-parallel ranks' parameters, the same on each (collective); of
+    a pipeline stage, those it holds.
 
     Args:
-        model: the sharded model.
+        model: the sharded model or a stage of it.
         of: what is gathered of a parameter, of its shape: its value, or its gradient. None leaves
             the parameter out.
     """

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -17,11 +20,20 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 
 from mmi_megatron.config import Config, LanguageConfig
+from mmi_megatron.layout import stages
 from mmi_megatron.model.attention import packed_attention
 from mmi_megatron.model.language_model import has_mmfs
 from mmi_megatron.parallel.mmfs import GatedAdd, ShardedMMFS
 from mmi_megatron.parallel.norm import RMSNorm
 from mmi_megatron.platform import device, parameter_dtype
+
+
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""Megatron's settings for each way of ``train.recompute.language``."""
 
 
 class Documents(PackedSeqParams):
@@ -63,7 +75,9 @@ def transformer_config(config: Config) -> TransformerConfig:
     """Megatron's configuration of the language model."""
     language, parallel = config.model.language, config.parallel
     dtype = parameter_dtype(config.train.precision)
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    layers = [["decoder"] * len(stage.layers) for stage in stages(config)]
+    layers[0].insert(0, "embedding")
+    layers[-1].append("loss")
     return TransformerConfig(
         num_layers=language.layers,
         hidden_size=language.width,
@@ -84,6 +98,16 @@ def transformer_config(config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        pipeline_model_parallel_layout=layers if parallel.pipeline > 1 else None,
+        # Stages tell each other the shape of every payload; Megatron allows that with this setting of
+        # its experts only, of which there are none.
+        variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",
+        # Interleaved stages cross messages in silence with the batched exchange.
+        overlap_p2p_comm=parallel.virtual > 1,
+        batch_p2p_comm=False,
+        deallocate_pipeline_outputs=parallel.pipeline > 1,
         sequence_parallel=parallel.sequence,
         expert_tensor_parallel_size=1,
         use_cpu_initialization=device().type == "cpu",
@@ -96,7 +120,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bf16=config.train.precision == "bf16",
         calculate_per_token_loss=True,
         hetereogenous_dist_checkpoint=True,
-        **(recompute if config.train.recompute else {}),
+        **RECOMPUTE[config.train.recompute.language],
     )
 
 
@@ -131,7 +155,10 @@ def _layer_spec(language: LanguageConfig, layer: int, maps_width: int, shapes) -
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
-def block_spec(language: LanguageConfig, maps_width: int, shapes) -> TransformerBlockSubmodules:
-    """Specs of all layers: MMFS in the cross-attention slot of every ``mmfs_every``-th."""
-    layers = [_layer_spec(language, layer, maps_width, shapes) for layer in range(language.layers)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+def block_spec(
+    language: LanguageConfig, maps_width: int, shapes, layers: Iterable[int]
+) -> TransformerBlockSubmodules:
+    """Specs of some layers, counted from 0: MMFS in the cross-attention slot of every
+    ``mmfs_every``-th."""
+    specs = [_layer_spec(language, layer, maps_width, shapes) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from data_pipeline.batch import IGNORED, Batch
@@ -18,19 +18,22 @@ from data_pipeline.stream import Stream
 from data_pipeline.tokens import load_tokenizer
 from mmi_megatron.config import Config
 from mmi_megatron.convert.start import load_start
-from mmi_megatron.model.mm_interleaved import Inputs, Losses, prepare
-from mmi_megatron.parallel import groups
-from mmi_megatron.parallel.model import build_model
+from mmi_megatron.model.image_decoder import ImageDecoder
+from mmi_megatron.model.mm_interleaved import Inputs, prepare
+from mmi_megatron.parallel import groups, schedule
+from mmi_megatron.parallel.model import build_stages
 from mmi_megatron.platform import device
 from mmi_megatron.settings import save_config
 from mmi_megatron.train import checkpoint
-from mmi_megatron.train.anatomy import DATA, OPTIMIZER
-from mmi_megatron.train.checkpoint import Checkpoints, Saved
 from mmi_megatron.train.metrics import Meter
-from mmi_megatron.train.optimizer import build_optimizer, finish, mark_image_parallel, wrap
+from mmi_megatron.train.optimizer import (
+    build_optimizer,
+    finish,
+    gather_parameters,
+    mark_image_parallel,
+    wrap_stages,
+)
 from mmi_megatron.train.pictures import save_strip
-from mmi_megatron.train.signals import Stopped, StopSignals
-from mmi_megatron.train.watch import Watch
 
 VALIDATION_SEED = 20_231_018
 """Seed of the noise of validation: the same at every step, so that losses can be compared."""
@@ -59,72 +62,47 @@ class Trainer:
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         check_tokenizer(config, self.tokenizer.size)
         self.stream = Stream(config.data, "train", global_rows=config.train.rows)
-        model = build_model(config, self.tokenizer.special)
+        stages = build_stages(config, self.tokenizer.special)
         if fresh and config.train.init_from:
-            load_start([model], config, out)
+            load_start(stages, config, out)
         if config.parallel.shard_images:
-            for part in model.image_parts():
+            for part in [part for stage in stages for part in stage.image_parts()]:
                 mark_image_parallel(part)
-        self.model = wrap(model, config)
-        self.optimizer, self.scheduler = build_optimizer(self.model, config)
+        self.stages = wrap_stages(stages, config)
+        self.optimizer, self.scheduler = build_optimizer(self.stages, config)
         self.step = 0
         self.meter = Meter(out, config, writes=layout.rank == 0)
-        self.watch = Watch(config, layout, out, self.meter)
-        self.watch.anatomy.attach(model)
-        folder = config.train.checkpoints or out / "checkpoints"
-        self.checkpoints = Checkpoints(
-            folder, out / "stage", config.train.keep, config.train.keep_every, waiting=self.watch.pulse.beat
-        )
-        self.forward_backward = get_forward_backward_func()
 
     @property
-    def plain(self):
-        """The model without Megatron's wrapper."""
-        return self.model.module
+    def decoder(self) -> ImageDecoder | None:
+        """The image decoder, where this rank holds it."""
+        return self.stages[-1].module.image_decoder
 
     def resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""
-        newest = checkpoint.latest(self.checkpoints.folder)
+        newest = checkpoint.latest(self.out / "checkpoints")
         if newest is None:
             return
-        extra = checkpoint.load(self.model, self.optimizer, self.scheduler, newest)
+        extra = checkpoint.load(self.stages, self.optimizer, self.scheduler, newest)
         self.step = extra["step"]
-        self.watch.load_state(extra["watch"])
         self.stream.load_state(extra["data"])
         self.meter.resume(self.step)
 
     def run(self, stop_after: int | None = None) -> None:
-        """Train up to ``train.steps``, or to ``stop_after`` steps if that comes first.
-
-        Raises:
-            Stopped: when a signal asked for it; the step that it came in is saved.
-        """
-        last = min(self.config.train.steps, stop_after or self.config.train.steps)
-        with self.watch.running(), StopSignals() as signals:
-            self._steps(last, signals)
-            self._saved(self.checkpoints.wait())
-        self.meter.close()
-
-    def _steps(self, last: int, signals: StopSignals) -> None:
+        """Train up to ``train.steps``, or to ``stop_after`` steps if that comes first."""
         train = self.config.train
+        last = min(train.steps, stop_after or train.steps)
         while self.step < last:
-            with self.watch.watching(self.step):
-                record = self.train_step()
+            record = self.train_step()
             self.step += 1
             self.meter.step(self.step, record)
-            self.watch.losses(record)
-            self._saved(self.checkpoints.poll())
             if self._due(train.validate_every, last):
                 self.meter.validation(self.step, self.validate())
             if self._due(train.sample_every, last):
                 self.sample()
-            asked = signals.agreed()
-            if self._due(train.save_every, last) or asked:
+            if self._due(train.save_every, last):
                 self.save()
-            if asked:
-                self._saved(self.checkpoints.wait())
-                self.meter.close()
-                raise Stopped(f"{asked}: saved and stopped after step {self.step}")
+        self.meter.close()
 
     def _due(self, every: int, last: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == last)
@@ -132,25 +110,28 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step; the record of it for the log."""
         started = time.perf_counter()
-        with self.watch.part(DATA):
-            batches = self._next_batches()
-            inputs = [self._prepare(batch) for batch in batches]
-        counts = self._count(self.watch.reading(batches))
+        batches = self._next_batches()
+        inputs = [self._prepare(batch) for batch in batches]
+        counts = self._count(batches)
         waited = time.perf_counter() - started
 
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for stage in self.stages:
+            stage.train()
+            stage.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._pass(inputs, counts)
-        with self.watch.part(OPTIMIZER):
-            norm, skipped = finish(self.model, self.optimizer)
-            if not skipped:
-                self.scheduler.step(increment=1)
-                self._update_average()
-        self.watch.made(skipped, norm, self.model, lambda: self._pass(inputs, counts))
-        losses = self._sum(
-            [torch.stack([report[name] for report in reports]).sum() for name in ("tokens", "images")]
+        sums = schedule.train_step(
+            self.stages,
+            inputs,
+            self.config.model.loss,
+            (counts.tokens, counts.images),
+            self.config.train.seed,
+            self.step,
         )
+        norm, skipped = finish(self.stages, self.optimizer)
+        if not skipped:
+            self.scheduler.step(increment=1)
+            self._update_average()
+        losses = self._sum_losses(sums)
         seconds = time.perf_counter() - started
         return {
             "next_token_loss": losses[0] / max(counts.tokens, 1),
@@ -167,18 +148,6 @@ class Trainer:
             "tokens_per_second": self.config.train.rows * self.config.data.context_length / seconds,
             "images_per_second": counts.images / seconds,
         }
-
-    def _pass(self, inputs: list[Inputs], counts: Counts) -> list[dict[str, Tensor]]:
-        """Forward and backward of the micro-batches; gradients are added up, not reduced yet."""
-        return self.forward_backward(
-            forward_step_func=lambda feed, model: self._forward(feed, model, counts),
-            data_iterator=iter(inputs),
-            model=[self.model],
-            num_microbatches=len(inputs),
-            seq_length=self.config.data.context_length,
-            micro_batch_size=1,
-            forward_only=False,
-        )
 
     def _next_batches(self) -> list[Batch]:
         train, layout = self.config.train, self.layout
@@ -202,76 +171,69 @@ class Trainer:
         dist.all_reduce(together, group=parallel_state.get_data_parallel_group())
         return together.tolist()
 
-    def _forward(self, feed: Iterator[Inputs], model, counts: Counts):
-        """Megatron's forward step: the losses, and the function that reduces them to one."""
-        losses: Losses = model(next(feed), self.config.train.seed, self.step)
-
-        def reduce(losses: Losses):
-            weights = self.config.model.loss
-            tokens, images = losses.tokens.sum(), losses.images.sum()
-            loss = weights.next_token * tokens / max(counts.tokens, 1)
-            loss = loss + weights.next_image * images / max(counts.images, 1) + losses.zero
-            # A loss that is not finite makes all gradients so: every rank skips the step.
-            loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
-            report = {"tokens": tokens.detach(), "images": images.detach()}
-            # Zero tokens: the losses are divided already, and Megatron must not divide again.
-            return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
-
-        return losses, reduce
+    def _sum_losses(self, sums: Tensor) -> list[float]:
+        """Sums over the whole run of what the last stages hold, known to every rank."""
+        if self.layout.tp_rank > 0:  # they hold the same
+            sums = torch.zeros_like(sums)
+        together = sums.to(device=device(), dtype=torch.float64)
+        dist.all_reduce(together)
+        return together.tolist()
 
     def _update_average(self) -> None:
-        decoder = self.plain.image_decoder
-        if decoder is not None:
-            decoder.update_average()
+        if self.decoder is not None and self.decoder.average is not None:
+            gather_parameters(self.stages)
+            self.decoder.update_average()
 
-    @torch.no_grad()
+    def _evaluating(self) -> None:
+        gather_parameters(self.stages)
+        for stage in self.stages:
+            stage.eval()
+
     def validate(self) -> dict[str, float]:
         """Held-out losses of every source, with the same noise each time."""
-        self.model.eval()
+        self._evaluating()
         train, layout, results = self.config.train, self.layout, {}
         for source in self.config.data.sources:
-            sums = torch.zeros(4)
-            for batch in self.stream.validation_batches(
-                source.name, train.validate_documents, train.micro_rows, layout.dp_rank, layout.dp_size
-            ):
-                losses = self.model(self._prepare(batch), VALIDATION_SEED, 0)
-                counts = float((batch.labels != IGNORED).sum()), len(batch.drawn)
-                sums += torch.tensor([losses.tokens.sum(), losses.images.sum(), *counts])
-            tokens, images, kept, drawn = self._sum(list(sums))
-            results[f"{source.name}/next_token_loss"] = tokens / max(kept, 1)
-            results[f"{source.name}/next_image_loss"] = images / max(drawn, 1)
+            batches = list(
+                self.stream.validation_batches(
+                    source.name, train.validate_documents, train.micro_rows, layout.dp_rank, layout.dp_size
+                )
+            )
+            counts = self._count(batches)
+            inputs = [self._prepare(batch) for batch in batches]
+            tokens, images = self._sum_losses(schedule.evaluate(self.stages, inputs, VALIDATION_SEED, 0))
+            results[f"{source.name}/next_token_loss"] = tokens / max(counts.tokens, 1)
+            results[f"{source.name}/next_image_loss"] = images / max(counts.images, 1)
         return results
 
     def sample(self) -> None:
-        """Draw the images of a few held-out documents beside the true ones, as a PNG."""
-        train, decoder = self.config.train, self.plain.image_decoder
-        if decoder is None or train.sample_documents == 0:
+        """Draw the images of a few held-out documents beside the true ones, as a PNG (collective)."""
+        train, model = self.config.train, self.stages[-1].module
+        if not self.config.model.loss.next_image or train.sample_documents == 0:
             return
-        self.model.eval()
-        documents = self.stream.heldout_documents(train.sample_documents)
-        batch = self.stream.row_of(documents)
-        inputs = self._prepare(batch)
-        with decoder.averaged():
-            drawn = self.plain.draw(
-                inputs,
-                steps=train.sample_steps,
-                guidance=train.guidance,
-                seeds=list(range(len(batch.drawn))),
-            )
-        if self.layout.rank == 0 and len(batch.drawn):
+        self._evaluating()
+        batch = self.stream.row_of(self.stream.heldout_documents(train.sample_documents))
+        seeds = list(range(len(batch.drawn)))
+        draw = partial(model.draw_from, steps=train.sample_steps, guidance=train.guidance, seeds=seeds)
+        with nullcontext() if self.decoder is None else self.decoder.averaged():
+            drawn = schedule.read(self.stages, self._prepare(batch), draw)
+        first = self.layout.tp_rank == 0 and self.layout.dp_rank == 0
+        if drawn is not None and first and len(batch.drawn):
             save_strip(self.out / "samples" / f"step_{self.step:07d}.png", batch.drawn, drawn.cpu().numpy())
 
     def save(self) -> None:
-        """Begin to write a checkpoint of this step, unless there is one."""
-        if self.checkpoints.last == self.step:
-            return
-        extra = {"step": self.step, "data": self.stream.state(), "watch": self.watch.state()}
-        self._saved(self.checkpoints.save(self.model, self.optimizer, self.scheduler, extra, step=self.step))
-
-    def _saved(self, saved: Saved | None) -> None:
-        if saved is not None:
-            values = {"stall": saved.stall, "seconds": saved.seconds}
-            self.meter.event("checkpoint", saved.step, values)
+        """Write a checkpoint of this step."""
+        gather_parameters(self.stages)
+        extra = {"step": self.step, "data": self.stream.state()}
+        checkpoint.save(
+            self.stages,
+            self.optimizer,
+            self.scheduler,
+            extra,
+            self.out / "checkpoints",
+            step=self.step,
+            keep=self.config.train.keep,
+        )
 
 
 def check_tokenizer(config: Config, size: int) -> None:

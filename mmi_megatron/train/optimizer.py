@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -28,7 +30,7 @@ from torch import nn
 
 from mmi_megatron.config import Config
 from mmi_megatron.errors import ConfigError
-from mmi_megatron.platform import parameter_dtype
+from mmi_megatron.platform import device, parameter_dtype
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +49,15 @@ def mark_image_parallel(module: nn.Module) -> None:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
+Model: TypeAlias = DistributedDataParallel | Sequence[DistributedDataParallel]
+"""What one rank trains: a wrapped model, or its stages where a pipeline interleaves them."""
+
+
+def chunks(model: Model) -> list[DistributedDataParallel]:
+    """The wrapped stages of a rank, as a list."""
+    return [model] if isinstance(model, DistributedDataParallel) else list(model)
+
+
 def wrap(model: nn.Module, config: Config) -> DistributedDataParallel:
     """The model in Megatron's data parallelism, with gradients added up and reduced in fp32.
 
@@ -54,21 +65,66 @@ def wrap(model: nn.Module, config: Config) -> DistributedDataParallel:
 
     Raises:
         ValueError: when Megatron would divide the gradients once more.
-        ConfigError: when all parameters are frozen.
+        ConfigError: when all parameters are frozen, those of the other ranks too (collective).
     """
-    transformer: Any = model.config
-    if not transformer.calculate_per_token_loss:
-        raise ValueError("the model's Megatron configuration needs calculate_per_token_loss=True")
-    _mark_divided(model)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    return wrap_stages([model], config)[0]
+
+
+def wrap_stages(stages: Sequence[nn.Module], config: Config) -> list[DistributedDataParallel]:
+    """``wrap`` for the pipeline stages of a rank."""
+    trained = [any(parameter.requires_grad for parameter in stage.parameters()) for stage in stages]
+    anything = torch.tensor(float(any(trained)), device=device())
+    dist.all_reduce(anything, op=dist.ReduceOp.MAX)
+    if not anything:
         raise ConfigError("nothing to train: every part of the model is frozen")
-    return DistributedDataParallel(
-        transformer,
-        # The distributed optimizer also at one replica: its checkpoints and those of the plain one
-        # do not interchange.
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
-        model,
-    )
+    wrapped: list[DistributedDataParallel] = []
+    for stage in stages:
+        transformer: Any = stage.config
+        if not transformer.calculate_per_token_loss:
+            raise ValueError("the model's Megatron configuration needs calculate_per_token_loss=True")
+        _mark_divided(stage)
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            # The distributed optimizer also at one replica: its checkpoints and those of the plain one
+            # do not interchange.
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=config.parallel.overlap,
+            overlap_param_gather=config.parallel.overlap,
+            bucket_size=config.parallel.bucket or None,
+        )
+        wrapped.append(DistributedDataParallel(transformer, settings, stage, disable_bucketing=bool(wrapped)))
+    if config.parallel.overlap:
+        _overlap(wrapped)
+    return wrapped
+
+
+def _overlap(wrapped: list[DistributedDataParallel]) -> None:
+    """Reduce gradients after the last micro-batch only, and wait for parameters where they are read
+    without the call of a module that Megatron's hooks see."""
+    transformer: Any = wrapped[0].config
+    no_sync = [stage.no_sync for stage in wrapped]
+    transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    for stage in wrapped:
+        stage.module.ready = partial(_wait_for, stage)
+
+
+def _wait_for(stage: DistributedDataParallel, part: nn.Module) -> None:
+    groups = {stage.param_to_bucket_group.get(parameter): None for parameter in part.parameters()}
+    for group in groups:
+        if group is not None:
+            group.finish_param_sync()
+
+
+def gather_parameters(model: Model) -> None:
+    """Wait for all parameters of the last step, before something other than a training step reads
+    them (collective)."""
+    for stage in chunks(model):
+        if stage.ddp_config.overlap_param_gather:
+            for group in stage.bucket_groups + stage.expert_parallel_bucket_groups:
+                if not group.param_gather_dispatched:
+                    group.start_param_sync(force_sync=True)
+                elif group.param_gather_handle is not None:
+                    group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def _mark_divided(model: nn.Module) -> None:
@@ -107,7 +163,7 @@ def is_offset(name: str) -> bool:
     return any(part == "offsets" or part.startswith("offsets_") for part in name.split("."))
 
 
-def _overrides(model: nn.Module, config: Config) -> dict[ParamKey, ParamGroupOverride]:
+def _overrides(config: Config) -> dict[ParamKey, ParamGroupOverride]:
     """Megatron's overrides, one for each pair of learning rate and decay that occurs."""
     base, ratio = config.optimizer.lr, config.optimizer.min_lr_ratio
     rules = {(rate, decay) for rate in _rates(config) for decay in (True, False)} - {(base, True)}
@@ -131,9 +187,7 @@ def _rates(config: Config) -> set[float]:
     return {optimizer.lr, optimizer.decoder_lr, optimizer.offsets_lr}
 
 
-def build_optimizer(
-    ddp_model: DistributedDataParallel, config: Config
-) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+def build_optimizer(model: Model, config: Config) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
     """Megatron's distributed AdamW over the trainable parameters, and its schedule.
 
     States and main parameters are fp32 at either precision.
@@ -166,9 +220,10 @@ def build_optimizer(
             params_dtype=parameter_dtype(config.train.precision),
             use_distributed_optimizer=True,
             clip_grad=settings.clip,
+            overlap_param_gather=config.parallel.overlap,
         ),
-        [ddp_model],
-        config_overrides=_overrides(ddp_model, config),
+        chunks(model),
+        config_overrides=_overrides(config),
     )
     scheduler = OptimizerParamScheduler(
         optimizer,
@@ -196,7 +251,7 @@ def parts(optimizer: ChainedOptimizer) -> Iterator:
 
 
 @torch.no_grad()
-def finish(ddp_model: DistributedDataParallel, optimizer: ChainedOptimizer) -> tuple[float, bool]:
+def finish(model: Model, optimizer: ChainedOptimizer) -> tuple[float, bool]:
     """Reduce the gradients, clip them by their global norm and step (collective).
 
     Returns:
@@ -204,13 +259,11 @@ def finish(ddp_model: DistributedDataParallel, optimizer: ChainedOptimizer) -> t
         the norm was not finite. A skipped step leaves weights and optimizer state as they were, and
         the log names the parameters whose gradients are to blame.
     """
-    finalize_model_grads([ddp_model])
+    finalize_model_grads(chunks(model))
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
-        log.warning(
-            "step skipped, the gradient norm is %s; not finite here: %s", norm, _not_finite(ddp_model)
-        )
+        log.warning("step skipped, the gradient norm is %s; not finite here: %s", norm, _not_finite(model))
         return norm, True
     if optimizer.config.clip_grad > 0:
         for part in parts(optimizer):
@@ -219,7 +272,8 @@ def finish(ddp_model: DistributedDataParallel, optimizer: ChainedOptimizer) -> t
     return norm, False
 
 
-def _not_finite(ddp_model: DistributedDataParallel, most: int = 8) -> list[str]:
+def _not_finite(model: Model, most: int = 8) -> list[str]:
     """Names of parameters with a gradient that is not finite in this rank's buffers."""
-    trained = ((n, p) for n, p in ddp_model.module.named_parameters() if p.requires_grad)
+    named = (pair for stage in chunks(model) for pair in stage.module.named_parameters())
+    trained = ((name, parameter) for name, parameter in named if parameter.requires_grad)
     return [name for name, parameter in trained if not parameter.main_grad.isfinite().all()][:most]

@@ -1,0 +1,111 @@
+"""Micro-batches through the pipeline: Megatron's schedules over the stages of this rank.
+
+Without a pipeline it is gradient accumulation; with one, 1F1B; with several stages a rank, interleaved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from mmi_megatron.config import LossConfig
+from mmi_megatron.model.mm_interleaved import Inputs, Losses
+from mmi_megatron.parallel.model import Finish
+
+
+def train_step(
+    stages: Sequence[nn.Module],
+    inputs: Sequence[Inputs],
+    weights: LossConfig,
+    counts: tuple[int, int],
+    seed: int,
+    step: int,
+) -> Tensor:
+    """Forward and backward of a step's micro-batches (collective).
+
+    Args:
+        stages: this rank's, wrapped for data parallelism; gradients are added to their buffers.
+        inputs: this replica's micro-batches.
+        weights: of the two losses.
+        counts: kept tokens and drawn images of the whole step, which the losses are divided by.
+        seed, step: key the noise.
+
+    Returns:
+        float64 [2], sums of next-token and next-image losses on the last stage, zero elsewhere.
+    """
+    tokens, images = max(counts[0], 1), max(counts[1], 1)
+
+    def forward(feed: Iterator[Inputs], model: nn.Module):
+        def reduce(losses: Losses):
+            sums = losses.tokens.sum(), losses.images.sum()
+            loss = weights.next_token * sums[0] / tokens + weights.next_image * sums[1] / images
+            # Zero tokens: the losses are divided already, and Megatron must not divide again.
+            none = torch.zeros((), dtype=torch.int, device=loss.device)
+            return loss + losses.zero, none, torch.stack(sums).detach()
+
+        return model(next(feed), seed, step), reduce
+
+    return _sums(_run(stages, inputs, forward, forward_only=False), inputs)
+
+
+@torch.no_grad()
+def evaluate(stages: Sequence[nn.Module], inputs: Sequence[Inputs], seed: int, step: int) -> Tensor:
+    """Losses of micro-batches, without gradients (collective). Returns as ``train_step`` does."""
+
+    def forward(feed: Iterator[Inputs], model: nn.Module):
+        def collect(losses: Losses, non_loss_data: bool):
+            return torch.stack([losses.tokens.sum(), losses.images.sum()])
+
+        return model(next(feed), seed, step), collect
+
+    return _sums(_run(stages, inputs, forward, forward_only=True), inputs)
+
+
+@torch.no_grad()
+def read(stages: Sequence[nn.Module], inputs: Inputs, finish: Finish) -> Any:
+    """What ``finish`` makes of a micro-batch on the last stage; None elsewhere (collective)."""
+
+    def forward(feed: Iterator[Inputs], model: nn.Module):
+        return model(next(feed), finish=finish), lambda made, non_loss_data: made
+
+    made = _run(stages, [inputs], forward, forward_only=True)
+    return made[0] if made else None
+
+
+def _run(stages: Sequence[nn.Module], inputs: Sequence[Inputs], forward, forward_only: bool) -> list:
+    """Results of the micro-batches on the last stage, an empty list elsewhere."""
+    if not inputs:
+        return []
+    given = len(inputs)
+    size = parallel_state.get_pipeline_model_parallel_world_size()
+    if forward_only and len(stages) > 1:  # interleaving takes micro-batches in turns of `size`
+        inputs = [*inputs, *[inputs[-1]] * (-given % size)]
+    feeds = [iter(inputs) for _ in stages]
+    results = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=feeds if len(stages) > 1 else feeds[0],
+        model=list(stages),
+        num_microbatches=len(inputs),
+        seq_length=len(inputs[0].tokens),
+        micro_batch_size=1,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+    return results[:given]
+
+
+def _sums(results: list[Tensor], inputs: Sequence[Inputs]) -> Tensor:
+    if not results:
+        where = inputs[0].tokens.device if inputs else None
+        return torch.zeros(2, dtype=torch.float64, device=where)
+    return torch.stack(results).double().sum(0)
+
+
+def on_last_stage() -> bool:
+    """Whether this rank holds the last stage."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
