@@ -46,7 +46,9 @@ def train_step(
             loss = weights.next_token * sums[0] / tokens + weights.next_image * sums[1] / images
             # Zero tokens: the losses are divided already, and Megatron must not divide again.
             none = torch.zeros((), dtype=torch.int, device=loss.device)
-            return loss + losses.zero, none, torch.stack(sums).detach()
+            # A loss that is not finite makes all gradients so: every rank skips the step.
+            loss = (loss + losses.zero) * torch.where(loss.isfinite(), 1.0, torch.nan)
+            return loss, none, torch.stack(sums).detach()
 
         return model(next(feed), seed, step), reduce
 

@@ -25,6 +25,8 @@ from mmi_megatron.parallel.model import build_stages
 from mmi_megatron.platform import device
 from mmi_megatron.settings import save_config
 from mmi_megatron.train import checkpoint
+from mmi_megatron.train.anatomy import DATA, OPTIMIZER
+from mmi_megatron.train.checkpoint import Checkpoints, Saved
 from mmi_megatron.train.metrics import Meter
 from mmi_megatron.train.optimizer import (
     build_optimizer,
@@ -34,6 +36,8 @@ from mmi_megatron.train.optimizer import (
     wrap_stages,
 )
 from mmi_megatron.train.pictures import save_strip
+from mmi_megatron.train.signals import Stopped, StopSignals
+from mmi_megatron.train.watch import Watch
 
 VALIDATION_SEED = 20_231_018
 """Seed of the noise of validation: the same at every step, so that losses can be compared."""
@@ -72,6 +76,13 @@ class Trainer:
         self.optimizer, self.scheduler = build_optimizer(self.stages, config)
         self.step = 0
         self.meter = Meter(out, config, writes=layout.rank == 0)
+        self.watch = Watch(config, layout, out, self.meter)
+        for stage in self.stages:
+            self.watch.anatomy.attach(stage.module)
+        folder = config.train.checkpoints or out / "checkpoints"
+        self.checkpoints = Checkpoints(
+            folder, out / "stage", config.train.keep, config.train.keep_every, waiting=self.watch.pulse.beat
+        )
 
     @property
     def decoder(self) -> ImageDecoder | None:
@@ -80,29 +91,47 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one."""
-        newest = checkpoint.latest(self.out / "checkpoints")
+        newest = checkpoint.latest(self.checkpoints.folder)
         if newest is None:
             return
         extra = checkpoint.load(self.stages, self.optimizer, self.scheduler, newest)
         self.step = extra["step"]
+        self.watch.load_state(extra["watch"])
         self.stream.load_state(extra["data"])
         self.meter.resume(self.step)
 
     def run(self, stop_after: int | None = None) -> None:
-        """Train up to ``train.steps``, or to ``stop_after`` steps if that comes first."""
+        """Train up to ``train.steps``, or to ``stop_after`` steps if that comes first.
+
+        Raises:
+            Stopped: when a signal asked for it; the step that it came in is saved.
+        """
+        last = min(self.config.train.steps, stop_after or self.config.train.steps)
+        with self.watch.running(), StopSignals() as signals:
+            self._steps(last, signals)
+            self._saved(self.checkpoints.wait())
+        self.meter.close()
+
+    def _steps(self, last: int, signals: StopSignals) -> None:
         train = self.config.train
-        last = min(train.steps, stop_after or train.steps)
         while self.step < last:
-            record = self.train_step()
+            with self.watch.watching(self.step):
+                record = self.train_step()
             self.step += 1
             self.meter.step(self.step, record)
+            self.watch.losses(record)
+            self._saved(self.checkpoints.poll())
             if self._due(train.validate_every, last):
                 self.meter.validation(self.step, self.validate())
             if self._due(train.sample_every, last):
                 self.sample()
-            if self._due(train.save_every, last):
+            asked = signals.agreed()
+            if self._due(train.save_every, last) or asked:
                 self.save()
-        self.meter.close()
+            if asked:
+                self._saved(self.checkpoints.wait())
+                self.meter.close()
+                raise Stopped(f"{asked}: saved and stopped after step {self.step}")
 
     def _due(self, every: int, last: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == last)
@@ -110,27 +139,23 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One optimizer step; the record of it for the log."""
         started = time.perf_counter()
-        batches = self._next_batches()
-        inputs = [self._prepare(batch) for batch in batches]
-        counts = self._count(batches)
+        with self.watch.part(DATA):
+            batches = self._next_batches()
+            inputs = [self._prepare(batch) for batch in batches]
+        counts = self._count(self.watch.reading(batches))
         waited = time.perf_counter() - started
 
         for stage in self.stages:
             stage.train()
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = schedule.train_step(
-            self.stages,
-            inputs,
-            self.config.model.loss,
-            (counts.tokens, counts.images),
-            self.config.train.seed,
-            self.step,
-        )
-        norm, skipped = finish(self.stages, self.optimizer)
-        if not skipped:
-            self.scheduler.step(increment=1)
-            self._update_average()
+        sums = self._pass(inputs, counts)
+        with self.watch.part(OPTIMIZER):
+            norm, skipped = finish(self.stages, self.optimizer)
+            if not skipped:
+                self.scheduler.step(increment=1)
+                self._update_average()
+        self.watch.made(skipped, norm, self.stages, lambda: self._pass(inputs, counts))
         losses = self._sum_losses(sums)
         seconds = time.perf_counter() - started
         return {
@@ -148,6 +173,17 @@ class Trainer:
             "tokens_per_second": self.config.train.rows * self.config.data.context_length / seconds,
             "images_per_second": counts.images / seconds,
         }
+
+    def _pass(self, inputs: list[Inputs], counts: Counts) -> Tensor:
+        """Forward and backward of the micro-batches; gradients are added up. Sums of the two losses."""
+        return schedule.train_step(
+            self.stages,
+            inputs,
+            self.config.model.loss,
+            (counts.tokens, counts.images),
+            self.config.train.seed,
+            self.step,
+        )
 
     def _next_batches(self) -> list[Batch]:
         train, layout = self.config.train, self.layout
@@ -222,18 +258,17 @@ class Trainer:
             save_strip(self.out / "samples" / f"step_{self.step:07d}.png", batch.drawn, drawn.cpu().numpy())
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Begin to write a checkpoint of this step, unless there is one."""
+        if self.checkpoints.last == self.step:
+            return
         gather_parameters(self.stages)
-        extra = {"step": self.step, "data": self.stream.state()}
-        checkpoint.save(
-            self.stages,
-            self.optimizer,
-            self.scheduler,
-            extra,
-            self.out / "checkpoints",
-            step=self.step,
-            keep=self.config.train.keep,
-        )
+        extra = {"step": self.step, "data": self.stream.state(), "watch": self.watch.state()}
+        self._saved(self.checkpoints.save(self.stages, self.optimizer, self.scheduler, extra, step=self.step))
+
+    def _saved(self, saved: Saved | None) -> None:
+        if saved is not None:
+            values = {"stall": saved.stall, "seconds": saved.seconds}
+            self.meter.event("checkpoint", saved.step, values)
 
 
 def check_tokenizer(config: Config, size: int) -> None:
