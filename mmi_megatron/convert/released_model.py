@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mmi_megatron.config import LanguageConfig, ModelConfig
-from mmi_megatron.convert.llama import layers_table
-from mmi_megatron.convert.released import mmfs_table, perceiver_table, tokenizer_names
+from mmi_megatron.convert.released_language import language_layers_table
+from mmi_megatron.convert.released_tokenizer import perceiver_table, tokenizer_names
 from mmi_megatron.convert.released_unet import unet_mmfs_table
 from mmi_megatron.convert.rules import ConvertError, Rule, Table, grown, rename, renames, unsqueezed
-from mmi_megatron.model.language_model import has_mmfs, padded_vocabulary
+from mmi_megatron.model.language_model import padded_vocabulary
 from mmi_megatron.model.unet_mmfs import mmfs_sites
 
 IMAGE_BIAS = -100.0
@@ -75,14 +75,7 @@ def language_table(language: LanguageConfig) -> Table:
     """Names of the language model with its MMFS, tables and image tokens."""
     ours, theirs, head = "language_model.", "mm_decoder.", "text_decoder.head"
     rows, vocabulary = padded_vocabulary(language), language.vocabulary
-    mmfs = mmfs_table(language.mmfs.heads, len(language.mmfs.levels), language.mmfs.points)
-    block = Table([rename("gate", "gate"), rename("norm_query.weight", "norm1.weight")])
-    block += Table([rename("norm_maps.weight", "norm2.weight")]) + mmfs.under("attention.", "attn.")
-    table = layers_table(language).under(ours, theirs)
-    for layer in range(language.layers):
-        if has_mmfs(language, layer):
-            layers = f"layers.{layer}."
-            table += block.under(f"{ours}{layers}mmfs.", f"{theirs}{layers}llama_cross_attn.")
+    table = language_layers_table(language).under(ours, theirs)
     bias = torch.zeros(vocabulary)
     bias[-IMAGE_TOKENS:] = IMAGE_BIAS
     tokens = f"{ours}image_tokens."

@@ -21,7 +21,8 @@ def rotary_angles(position: Tensor, head_width: int, theta: float) -> Tensor:
         float32 [T, head_width]; the second half repeats the first.
     """
     exponent = torch.arange(0, head_width, 2, dtype=torch.float32, device=position.device) / head_width
-    angles = position.float()[:, None] * theta**-exponent
+    # The quotient, not a negative power: to the bit what transformers computes.
+    angles = position.float()[:, None] * (1.0 / theta**exponent)
     return torch.cat([angles, angles], -1)
 
 
