@@ -123,8 +123,8 @@ def test_a_pickle_with_code_in_it(llama, tmp_path, how):
     if how == "torch":
         torch.save(bad, file)
     else:
-        file.write_bytes(pickle.dumps(bad, protocol=2))
-    refused(llama, "pytorch_model.bin: holds more than tensors.*(open|reconstruct|rebuild)")
+        file.write_bytes(pickle.dumps(bad["model.norm.weight"], protocol=2))
+    refused(llama, "pytorch_model.bin: holds more than tensors.*it asks for io.open")
     assert not trace.exists()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -177,10 +178,10 @@ def _unpickled(file: Path) -> dict:
             zipped = stream.read(2) == b"PK"  # torch's format before 1.6 cannot be mapped
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")
-        named = next((line for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0])
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        asked = f"it asks for {named[1]}" if named else str(error).split(chr(10))[0].strip()
         raise ConvertError(
-            f"{file}: holds more than tensors, and loading it could run code ({named.strip()}); "
+            f"{file}: holds more than tensors, and loading it could run code ({asked}); "
             "have whoever made it save safetensors"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
