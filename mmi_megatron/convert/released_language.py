@@ -134,7 +134,7 @@ def _settings(config: Mapping[str, Any], mmfs: MMFSConfig) -> LanguageConfig:
         width=known["hidden_size"],
         layers=known["num_hidden_layers"],
         heads=known["num_attention_heads"],
-        kv_heads=known.get("num_key_value_heads", known["num_attention_heads"]),
+        kv_heads=known.get("num_key_value_heads") or known["num_attention_heads"],
         ffn=known["intermediate_size"],
         norm_eps=known["rms_norm_eps"],
         rope_theta=float(known["rope_theta"]),
