@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_pipeline.errors import BadSample, DataError
-from data_pipeline.formats import Summary, find_shards, parse_content, read_range, scan_shard
+from data_pipeline.formats import Summary, find_shards, parse_content, read_range, scan_file
 from data_pipeline.importers.html import import_html
 from data_pipeline.importers.mmc4 import Filters, import_mmc4
 from data_pipeline.importers.obelics import import_obelics
@@ -141,8 +141,8 @@ def fit_tokenizer(shards: list[Path], out: Path, vocabulary: int) -> Summary:
     summary = Summary()
 
     def texts() -> Iterator[str]:
-        for shard in [shard for folder in shards for shard in find_shards(str(folder), folder.name)]:
-            for _, members in scan_shard(shard):
+        for shard in [shard for folder in shards for shard, _ in find_shards(str(folder), folder.name)]:
+            for _, members in scan_file(shard):
                 head = next((member for member in members if member.name == "json"), None)
                 try:
                     if head is None or head.problem:

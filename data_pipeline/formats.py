@@ -23,10 +23,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from data_pipeline.errors import BadSample, DataError
+from data_pipeline.storage import Range, Stamp, Storage, StoredFile
+from data_pipeline.tar import Header, NotTar, Reader, headers
 
 MAX_JSON_BYTES = 64 << 20
-MAX_IMAGE_BYTES = 512 << 20
-CUT_SHORT = "shard is cut short or broken"
+"""Of one line of a corpus that is imported; images may be in it."""
+MAX_DOCUMENT_BYTES = 8 << 20
+"""Of a document's JSON, which takes some thirty times as much memory to read."""
+MAX_IMAGE_BYTES = 64 << 20
+MAX_KEY = 512
+MAX_GROUP = 1 << 17
+"""Members of a document at most; more are taken for another one with the same key."""
+PICKLES = (".pkl", ".pickle", ".pyd", ".pt", ".pth", ".joblib")
 KEY = re.compile(r"[A-Za-z0-9_\-]+")
 
 
@@ -225,96 +233,84 @@ class Member:
     problem: str = ""
 
 
-def scan_shard(path: Path) -> Iterator[tuple[str, list[Member]]]:
+def scan_shard(file: Reader, name: str) -> Iterator[tuple[str, list[Member]]]:
     """Read the headers of a tar file and group its members by key, in order.
 
     A run of members with one key is a group; a key that comes back later makes a second group. A
     shard that is cut short or broken in the middle ends with a group of key ``""`` that says so.
 
+    Args:
+        file: the shard, as a ``storage.StoredFile``.
+        name: what errors call it.
+
     Raises:
         DataError: when it is not a tar file at all.
     """
-    size = path.stat().st_size
     key = ""
     members: list[Member] = []
-    for name, offset, length, problem in _members(path, size):
-        folder, _, base = name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        own = f"{folder}/{stem}" if folder else stem
-        if own != key and members:
-            yield key, members
-            members = []
-        key = own
-        members.append(Member(suffix, offset, length, problem))
+    try:
+        for header in headers(file):
+            own, suffix = split_name(header.name)
+            if members and (own != key or len(members) == MAX_GROUP):
+                yield key, members
+                members = []
+            key = own
+            members.append(
+                Member(suffix, header.offset, header.size, header.problem or _problem(own, header))
+            )
+    except NotTar as error:
+        raise DataError(f"{name}: not a tar file ({error}); write it again or remove it") from None
     if members:
         yield key, members
 
 
-def _members(path: Path, total: int) -> Iterator[tuple[str, int, int, str]]:
-    """Name, offset, size and problem of every member but folders; the end of the shard checked."""
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            try:
-                for info in tar:
-                    if not info.isdir():
-                        yield _clean(info.name), info.offset_data, info.size, _problem(info, total)
-                # tarfile takes a broken header in the middle for the end; a whole one ends in zeros.
-                file.seek(tar.offset)
-                broken = file.read(512) != bytes(512)
-            except (tarfile.TarError, OverflowError, ValueError):
-                broken = True
-            if broken:
-                yield "", 0, 0, CUT_SHORT
-    except (tarfile.TarError, EOFError, OSError, OverflowError, ValueError) as error:
-        raise DataError(f"{path}: not a tar file ({error}); write it again or remove it") from None
+def scan_file(path: Path | str) -> Iterator[tuple[str, list[Member]]]:
+    """``scan_shard`` of a file on this machine."""
+    storage = Storage()
+    with StoredFile(storage, str(path), storage.stat(str(path))) as file:
+        yield from scan_shard(file, str(path))
 
 
-def _clean(name: str) -> str:
+def split_name(name: str) -> tuple[str, str]:
+    """Key and the rest of a member's name: up to and after the first dot behind the last slash."""
     while name.startswith("./"):
         name = name[2:]
-    return name
+    folder, _, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem)[:MAX_KEY], suffix
 
 
-def _problem(info: tarfile.TarInfo, total: int) -> str:
-    name = info.name
-    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or "\0" in name:
-        return "member name points outside the shard"
-    if not info.isreg() or info.issparse():
-        return "member is not a plain file"
-    if info.offset_data + info.size > total:
-        return CUT_SHORT
-    if info.size > (MAX_JSON_BYTES if name.endswith(".json") else MAX_IMAGE_BYTES):
+def _problem(key: str, header: Header) -> str:
+    if header.name.lower().endswith(PICKLES):
+        return "member is a pickle, which is never opened"
+    if len(key) == MAX_KEY:
+        return "key is too long"
+    if header.size > (MAX_DOCUMENT_BYTES if header.name.endswith(".json") else MAX_IMAGE_BYTES):
         return "member is too large"
     return ""
 
 
 def read_range(path: Path | str, offset: int, size: int) -> bytes:
-    """Bytes of a shard.
+    """Bytes of a file on this machine.
 
     Raises:
-        BadSample: when the shard is gone, or shorter than its index says.
+        BadSample: when it is gone, or shorter than that.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            blob = os.pread(handle, size, offset)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise BadSample("shard cannot be read", str(error)) from None
-    if len(blob) != size:
-        raise BadSample("shard has changed", f"{len(blob)} of {size} bytes at {offset}")
-    return blob
+    return Storage().read(Range(str(path), offset, size))
 
 
-def find_shards(path: str, name: str) -> list[Path]:
-    """The shards of a source, in order of their names.
+def find_shards(path: str, name: str, storage: Storage | None = None) -> list[tuple[str, Stamp]]:
+    """The shards of a source, in order of their names, and what they are at the moment.
+
+    Args:
+        path: a folder of ``*.tar``, or one such file; a path or a URL.
+        name: of the source, for messages.
 
     Raises:
         DataError: when there are none.
     """
-    root = Path(path)
-    shards = [root] if root.is_file() else sorted(root.glob("*.tar"))
+    storage = storage or Storage()
+    shards = [(path, storage.stat(path))] if path.endswith(".tar") else storage.find(path, ".tar")
     if not shards:
         raise DataError(f"source {name!r}: no *.tar shards at {path!r}; make them with `mmi data import-...`")
     return shards

@@ -1,32 +1,57 @@
 """What is in the shards, found in one pass: where each document's bytes lie and how long it is.
 
-The index of a shard is kept beside it (``000000.tar.<tokenizer>.json``), made anew when the shard's
-size or time changes, and only held in memory when the folder cannot be written to.
+Beside a shard lies its index, ``000000.tar.<tokenizer>.parquet``: one line a document, first the good
+ones in the order of the shard, then the bad ones with their reason (``COLUMNS``); it is made anew when
+the shard's size or ETag changes. Beside the shards of a source lies ``manifest.<tokenizer>.parquet``:
+one line a shard, with its counts and the digest of its index. A stream reads the manifest when it
+starts, and the index of a shard when documents of it are planned, so a corpus of 100,000 shards takes
+little memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 
 from data_pipeline.batch import IMAGE_ID_BITS
+from data_pipeline.decode import open_image
 from data_pipeline.errors import BadSample, DataError
-from data_pipeline.formats import Member, find_shards, parse_content, read_range, scan_shard
-from data_pipeline.quarantine import Failure, Ledger
-from data_pipeline.settings import DataSettings, SourceSettings
+from data_pipeline.formats import Member, parse_content, scan_shard, suffix_of
+from data_pipeline.storage import Stamp, Storage, StoredFile
+from data_pipeline.tables import read_table, write_table
 from data_pipeline.tokens import Tokenizer
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_IMAGES = 1 << IMAGE_ID_BITS
 IMAGE = -1
 """In place of a number of tokens: the piece is an image."""
+MAX_PIXELS = 1 << 40
+"""No limit of its own: how large an image may be is a setting of the run. Pillow's guard holds."""
+
+COLUMNS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("json_offset", pa.int64()),
+        ("json_size", pa.int64()),
+        ("image_offsets", pa.list_(pa.int64())),
+        ("image_sizes", pa.list_(pa.int64())),
+        ("widths", pa.list_(pa.int32())),  # pixels, from the header; 0 where it cannot be read
+        ("heights", pa.list_(pa.int32())),
+        ("pieces", pa.list_(pa.int32())),  # tokens of each text, -1 for an image
+        ("text_bytes", pa.int64()),
+        ("tokens", pa.int64()),  # of all texts together
+        ("language", pa.string()),  # metadata's "language" or "lang", empty when unknown
+        ("flags", pa.list_(pa.string())),  # what is odd and does no harm
+        ("reason", pa.string()),  # empty for a good document
+        ("detail", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -49,57 +74,61 @@ class Entry:
 
 
 @dataclass
-class Source:
-    """A corpus with its index.
+class Line:
+    """A line of a shard's index; the fields are those of ``COLUMNS``."""
 
-    Attributes:
-        settings: name, path, weight, kind.
-        shards: paths of the shards.
-        entries: all its good documents, in the order of the shards.
-        train, heldout: int64 arrays, numbers of the documents of each split.
+    key: str
+    json_offset: int = 0
+    json_size: int = 0
+    image_offsets: list[int] = field(default_factory=list)
+    image_sizes: list[int] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
+    heights: list[int] = field(default_factory=list)
+    pieces: list[int] = field(default_factory=list)
+    text_bytes: int = 0
+    tokens: int = 0
+    language: str = ""
+    flags: list[str] = field(default_factory=list)
+    reason: str = ""
+    detail: str = ""
+
+
+class ShardIndex:
+    """The good documents of one shard.
+
+    Args:
+        table: of ``COLUMNS``; its metadata ``mmi`` holds stamp, tokenizer, documents and digest.
     """
 
-    settings: SourceSettings
-    shards: list[Path]
-    entries: list[Entry]
-    train: np.ndarray
-    heldout: np.ndarray
+    def __init__(self, table: pa.Table, about: dict):
+        self.about = about
+        good = table.slice(0, about["documents"])
+        self._keys = good["key"].combine_chunks()
+        self._json = [good[name].to_numpy() for name in ("json_offset", "json_size")]
+        self._rows: dict[tuple[str, float], np.ndarray] = {}
+        self._lists = [_ragged(good[name]) for name in ("image_offsets", "image_sizes", "pieces")]
 
+    def __len__(self) -> int:
+        return len(self._keys)
 
-@dataclass
-class Corpus:
-    """All sources, and ``manifest``, a digest of what is in their shards."""
+    def keys(self) -> list[str]:
+        """Names of the documents."""
+        return self._keys.to_pylist()
 
-    sources: list[Source]
-    manifest: str
+    def entry(self, row: int, shard: int = 0) -> Entry:
+        """A document by its place in the shard."""
+        offsets, sizes, pieces = (
+            values[starts[row] : starts[row + 1]].tolist() for values, starts in self._lists
+        )
+        place = int(self._json[0][row]), int(self._json[1][row])
+        return Entry(shard, self._keys[row].as_py(), place, list(zip(offsets, sizes, strict=True)), pieces)
 
-
-def open_corpus(settings: DataSettings, tokenizer: Tokenizer, ledger: Ledger) -> Corpus:
-    """Index all sources; bad documents go to the ledger.
-
-    Raises:
-        DataError: when a source has no shards, or no good document; ``TooManyFailures``.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    sources = []
-    for source in settings.sources:
-        shards = find_shards(source.path, source.name)
-        entries, failures = [], []
-        digest.update(json.dumps(["source", source.name]).encode())
-        for number, shard in enumerate(shards):
-            good, bad = index_shard(shard, number, tokenizer)
-            entries += good
-            failures += [Failure(source.name, shard.name, *line) for line in bad]
-            digest.update(json.dumps(["shard", shard.name, shard.stat().st_size]).encode())
-            for entry in good:
-                digest.update(json.dumps([entry.key, entry.json, entry.images]).encode())
-        ledger.record(Counter({source.name: len(entries) + len(failures)}), failures)
-        if not entries:
-            why = f" ({failures[0].key}: {failures[0].reason})" if failures else ""
-            raise DataError(f"source {source.name!r}: no usable document in {source.path!r}{why}")
-        held = np.array([is_held_out(entry.key, settings.holdout) for entry in entries])
-        sources.append(Source(source, shards, entries, np.flatnonzero(~held), np.flatnonzero(held)))
-    return Corpus(sources, digest.hexdigest())
+    def rows(self, split: str, holdout: float) -> np.ndarray:
+        """Places of the documents of a split: int64."""
+        if (split, holdout) not in self._rows:
+            held = np.fromiter((is_held_out(key, holdout) for key in self.keys()), bool, len(self))
+            self._rows[split, holdout] = np.flatnonzero(held if split == "heldout" else ~held)
+        return self._rows[split, holdout]
 
 
 def is_held_out(key: str, fraction: float) -> bool:
@@ -108,61 +137,80 @@ def is_held_out(key: str, fraction: float) -> bool:
     return value < fraction * 2**64
 
 
+def sidecar_of(url: str, tokenizer: str) -> str:
+    """Where the index of a shard is kept."""
+    return f"{url}.{tokenizer}.parquet"
+
+
+def read_sidecar(storage: Storage, url: str, tokenizer: str) -> tuple[pa.Table, dict] | None:
+    """A shard's index and what it was made of; None where there is none that can be read."""
+    found = read_table(storage, sidecar_of(url, tokenizer))
+    if found is None or found[1].get("schema") != SCHEMA or found[1].get("tokenizer") != tokenizer:
+        return None
+    return found
+
+
 def index_shard(
-    path: Path, number: int, tokenizer: Tokenizer
-) -> tuple[list[Entry], list[tuple[str, str, str]]]:
+    storage: Storage, url: str, stamp: Stamp, tokenizer: Tokenizer, keep: bool = True
+) -> tuple[pa.Table, dict]:
     """Index a shard, or read the index kept beside it.
 
+    Args:
+        stamp: of the shard as it is now.
+        keep: write the index beside the shard.
+
     Returns:
-        Its good documents; and (key, reason, detail) of each bad one.
+        Table of ``COLUMNS``, and what it was made of.
 
     Raises:
-        DataError: when it is not a tar file.
+        DataError: when it is not a tar file, or changes while it is read.
     """
-    stat = path.stat()
-    stamp = {
+    kept = read_sidecar(storage, url, tokenizer.fingerprint)
+    if kept is not None and (kept[1]["size"], kept[1]["etag"]) == (stamp.size, stamp.etag):
+        return kept
+    good, bad = _scan(storage, url, stamp, tokenizer)
+    digest = hashlib.blake2b(digest_size=16)
+    for line in good:
+        place = [line.json_offset, line.json_size, line.image_offsets, line.image_sizes]
+        digest.update(json.dumps([line.key, *place]).encode())
+    lines = [*good, *bad]
+    table = pa.table(
+        {name: [getattr(line, name) for line in lines] for name in COLUMNS.names}, schema=COLUMNS
+    )
+    about = {
         "schema": SCHEMA,
-        "size": stat.st_size,
-        "time": stat.st_mtime_ns,
+        "size": stamp.size,
+        "etag": stamp.etag,
         "tokenizer": tokenizer.fingerprint,
+        "documents": len(good),
+        "digest": digest.hexdigest(),
     }
-    sidecar = path.with_name(f"{path.name}.{tokenizer.fingerprint}.json")
-    kept = _read_sidecar(sidecar, stamp)
-    if kept is None:
-        good, bad = _scan(path, tokenizer)
-        kept = {**stamp, "documents": [asdict(entry) for entry in good], "bad": bad}
-        _write_sidecar(sidecar, kept)
-    entries = [
-        Entry(
-            number,
-            item["key"],
-            tuple(item["json"]),
-            [tuple(image) for image in item["images"]],
-            item["pieces"],
-        )
-        for item in kept["documents"]
-    ]
-    return entries, [tuple(line) for line in kept["bad"]]
+    if keep:
+        write_table(storage, sidecar_of(url, tokenizer.fingerprint), table, about)
+    return table, about
 
 
-def _scan(path: Path, tokenizer: Tokenizer) -> tuple[list[Entry], list[tuple[str, str, str]]]:
-    good: list[Entry] = []
-    bad: list[tuple[str, str, str]] = []
+def _scan(storage: Storage, url: str, stamp: Stamp, tokenizer: Tokenizer) -> tuple[list[Line], list[Line]]:
+    good: list[Line] = []
+    bad: list[Line] = []
     groups: Counter[str] = Counter()
-    for key, members in scan_shard(path):
-        groups[key] += 1
+    with StoredFile(storage, url, stamp) as file:
         try:
-            good.append(_entry(path, key, members, tokenizer))
-        except BadSample as sample:
-            bad.append((key, sample.reason, sample.detail))
+            for key, members in scan_shard(file, url):
+                groups[key] += 1
+                try:
+                    good.append(_line(file, key, members, tokenizer))
+                except BadSample as sample:
+                    bad.append(Line(key, reason=sample.reason, detail=sample.detail[:200]))
+        except BadSample as changed:  # the shard itself: no header can be read
+            raise DataError(f"{url}: {changed}; index it again") from None
     scattered = {key for key, count in groups.items() if count > 1}
-    bad += [
-        (entry.key, "members of the key do not lie together", "") for entry in good if entry.key in scattered
-    ]
-    return [entry for entry in good if entry.key not in scattered], bad
+    apart = "members of the key do not lie together"
+    bad += [Line(line.key, reason=apart) for line in good if line.key in scattered]
+    return [line for line in good if line.key not in scattered], bad
 
 
-def _entry(path: Path, key: str, members: list[Member], tokenizer: Tokenizer) -> Entry:
+def _line(file: StoredFile, key: str, members: Sequence[Member], tokenizer: Tokenizer) -> Line:
     """Index one document, or raise ``BadSample``."""
     for member in members:
         if member.problem:
@@ -173,39 +221,45 @@ def _entry(path: Path, key: str, members: list[Member], tokenizer: Tokenizer) ->
     if "json" not in by_name:
         raise BadSample("no json", ", ".join(by_name)[:200])
     head = by_name["json"]
-    pieces, _ = parse_content(read_range(path, head.offset, head.size))
-    images, lengths = [], []
-    for kind, value in pieces:
+    content, metadata = parse_content(file.read(head.offset, head.size))
+    line = Line(key, head.offset, head.size)
+    for kind, value in content:
         if kind == "text":
-            lengths.append(len(tokenizer.encode(value)))
+            line.pieces.append(len(tokenizer.encode(value)))
+            line.tokens += line.pieces[-1]
+            line.text_bytes += len(value.encode())
             continue
         if value not in by_name or value == "json":
             raise BadSample("image is missing", value)
-        images.append((by_name[value].offset, by_name[value].size))
-        lengths.append(IMAGE)
-    if len(images) > MAX_IMAGES:
-        raise BadSample("document has too many images", f"{len(images)}, at most {MAX_IMAGES}")
-    return Entry(0, key, (head.offset, head.size), images, lengths)
+        if len(line.image_sizes) == MAX_IMAGES:
+            raise BadSample("document has too many images", f"at most {MAX_IMAGES}")
+        _add_image(line, file, by_name[value])
+    language = metadata.get("language", metadata.get("lang", ""))
+    line.language = language[:16] if isinstance(language, str) else ""
+    return line
 
 
-def _read_sidecar(sidecar: Path, stamp: dict) -> dict | None:
+def _add_image(line: Line, file: StoredFile, member: Member) -> None:
+    """Enter an image by its header. One that cannot be read is flagged and stays: what a decoder makes
+    of it is found when it is decoded, and must not move the plan."""
+    blob = file.read(member.offset, member.size)
     try:
-        kept = json.loads(sidecar.read_bytes())
-    except (OSError, ValueError):
-        return None  # not there yet, or cut short by a full disk: made anew
-    fits = isinstance(kept, dict) and all(kept.get(name) == value for name, value in stamp.items())
-    return kept if fits else None
+        width, height = open_image(blob, MAX_PIXELS).size
+    except BadSample as bad:
+        width = height = 0
+        line.flags.append(bad.reason)
+    line.pieces.append(IMAGE)
+    line.image_offsets.append(member.offset)
+    line.image_sizes.append(member.size)
+    line.widths.append(width)
+    line.heights.append(height)
+    suffix = member.name.rpartition(".")[2].lower().replace("jpeg", "jpg")
+    if suffix != suffix_of(blob):
+        line.flags.append(f"{suffix} holds {suffix_of(blob)}"[:40])
 
 
-def _write_sidecar(sidecar: Path, value: dict) -> None:
-    """Write beside the shard, whole or not at all; several ranks may do so at once."""
-    if not os.access(sidecar.parent, os.W_OK):
-        return
-    handle, name = tempfile.mkstemp(dir=sidecar.parent, prefix=".index-")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(value, file, separators=(",", ":"))
-        os.replace(name, sidecar)
-    except BaseException:
-        os.unlink(name)
-        raise
+def _ragged(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and offsets of a column of lists."""
+    whole = column.combine_chunks()
+    starts = whole.offsets.to_numpy()
+    return whole.values.to_numpy(zero_copy_only=False), starts

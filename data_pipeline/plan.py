@@ -10,6 +10,8 @@ import hashlib
 import struct
 from dataclasses import dataclass
 
+import numpy as np
+
 from data_pipeline.index import IMAGE
 
 SAMPLE_BITS = 39
@@ -37,6 +39,17 @@ def permuted(index: int, count: int, *key: int) -> int:
         index = left << half | right
         if index < count:
             return index
+
+
+def shuffled(count: int, *key: int) -> np.ndarray:
+    """A keyed permutation of ``count`` things, listed: int64 [count].
+
+    The things are sorted by a keyed hash (SplitMix64's finalizer), which is the same everywhere.
+    """
+    mixed = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(keyed(*key))
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.argsort(mixed ^ (mixed >> np.uint64(31)), kind="stable")
 
 
 def sample_id(source: int, number: int) -> int:

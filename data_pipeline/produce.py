@@ -12,13 +12,14 @@ import numpy as np
 from data_pipeline.batch import IMAGE_ID_BITS, PADDING, Batch
 from data_pipeline.decode import Decoder
 from data_pipeline.errors import BadSample
-from data_pipeline.formats import Document, parse_content, read_range
+from data_pipeline.formats import Document, parse_content
 from data_pipeline.index import IMAGE
 from data_pipeline.plan import sample_id
 from data_pipeline.quarantine import Failure
 from data_pipeline.rows import describe_stream
 from data_pipeline.settings import DataSettings
 from data_pipeline.state import row_checksums
+from data_pipeline.storage import Range, Storage
 from data_pipeline.task import Address, Produced, Task
 from data_pipeline.tokens import Tokenizer
 
@@ -75,6 +76,7 @@ class Producer:
         self.tokenizer = tokenizer
         self.empty = empty
         self.decoder = Decoder(settings.decoder, settings.max_pixels)
+        self.storage = Storage(settings.storage)
 
     def produce(self, task: Task) -> Produced:
         """Make the batch of some rows.
@@ -86,8 +88,11 @@ class Producer:
             The batch, every row ``context_length`` long, and what is to be known of it.
         """
         laid, failures = [], []
+        wanted = [address.ranges() for row in task.rows for address in row]
+        found = iter(self.storage.read_many([place for places in wanted for place in places]))
+        blobs = iter([[next(found) for _ in places] for places in wanted])
         for row in task.rows:
-            filled = [self._slot(address) for address in row]
+            filled = [self._slot(address, next(blobs)) for address in row]
             rest = self.settings.context_length - sum(slot.length for slot in filled)
             laid.append(filled + ([Slot.padding(rest)] if rest else []))
         batch = self.assemble(laid)
@@ -132,10 +137,11 @@ class Producer:
         Raises:
             BadSample: when it cannot be read.
         """
-        pieces, metadata = parse_content(read_range(address.shard, *address.json))
-        places = iter(address.images)
+        head, *images = (Range(address.shard, *p, address.etag) for p in (address.json, *address.images))
+        pieces, metadata = parse_content(self.storage.read(head))
+        places = iter(images)
         content: list[str | bytes] = [
-            read_range(address.shard, *next(places)) if kind == "image" else value for kind, value in pieces
+            self.storage.read(next(places)) if kind == "image" else value for kind, value in pieces
         ]
         return Document(address.key, content, metadata)
 
@@ -148,39 +154,41 @@ class Producer:
         tokens += [special.eos] * end
         return Slot(len(tokens), source, sample, 0, pair, tokens, document.images)
 
-    def _slot(self, address: Address) -> Slot:
+    def _slot(self, address: Address, blobs: list[bytes | BadSample]) -> Slot:
         part = address.part
         sample = sample_id(part.source, part.number)
         slot = Slot(part.length, part.source, sample, part.first_image, address.pair)
         try:
-            self._read(address, slot)
+            self._fill(address, slot, blobs)
         except BadSample as failure:
             slot.failure = failure
         return slot
 
-    def _read(self, address: Address, slot: Slot) -> None:
-        """Read and encode a part; its images are read but not decoded."""
+    def _fill(self, address: Address, slot: Slot, blobs: list[bytes | BadSample]) -> None:
+        """Encode a part of what was read for it; its images are not decoded."""
         part, lengths = address.part, address.pieces
-        pieces, _ = parse_content(read_range(address.shard, *address.json))
-        places = iter(address.images)
-        where = [next(places, None) if kind == "image" else None for kind, _ in pieces]
+        for blob in blobs:
+            if isinstance(blob, BadSample):
+                raise blob
+        head, *images = [blob for blob in blobs if isinstance(blob, bytes)]
+        pieces, _ = parse_content(head)
         if part.flipped:
-            pieces, where, lengths = pieces[::-1], where[::-1], lengths[::-1]
+            pieces, lengths = pieces[::-1], lengths[::-1]
         if [kind == "image" for kind, _ in pieces] != [length == IMAGE for length in lengths]:
             raise BadSample("shard has changed", "the document's pieces are not those of its index")
         special = self.tokenizer.special
         tokens = [special.bos]
         for segment in part.segments:
-            place = where[segment.piece]
-            if place is not None:
+            kind, text = pieces[segment.piece]
+            if kind == "image":
                 tokens += self._image_tokens()
-                slot.images.append(read_range(address.shard, *place))
                 continue
-            own = self.tokenizer.encode(pieces[segment.piece][1])
+            own = self.tokenizer.encode(text)
             if len(own) != lengths[segment.piece]:
                 expected = lengths[segment.piece]
                 raise BadSample("shard has changed", f"{len(own)} tokens of text, {expected} in its index")
             tokens += own[segment.start : segment.stop]
+        slot.images = images
         slot.tokens = tokens + [special.eos] * part.last
 
     def _pictures(self, slots: list[Slot], image_loss: np.ndarray) -> Pictures:

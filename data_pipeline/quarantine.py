@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from data_pipeline.errors import TooManyFailures
 
 MINIMUM_FAILURES = 8
 """Below this many bad samples a source never stops the run, whatever their fraction."""
+MAX_LINES = 100_000
+"""Bad samples that are named; all are counted."""
 
 
 @dataclass(frozen=True)
@@ -30,23 +33,33 @@ class Ledger:
 
     Attributes:
         limit: fraction of a source's samples that may be bad.
-        lines: each bad sample once.
+        lines: each bad sample once, the first ``MAX_LINES`` of them.
         failed: times a sample was bad, by (source, reason); a sample drawn twice counts twice.
         seen: samples looked at, by source.
+        unnamed: bad samples beyond the lines.
     """
 
     limit: float
     lines: list[Failure] = field(default_factory=list)
     failed: Counter = field(default_factory=Counter)
     seen: Counter = field(default_factory=Counter)
+    unnamed: int = 0
     _known: set = field(default_factory=set, repr=False)
 
     def __len__(self) -> int:
         """Bad samples, each once."""
-        return len(self.lines)
+        return len(self.lines) + self.unnamed
 
-    def record(self, seen: Counter | dict[str, int], failures: list[Failure]) -> None:
+    def record(
+        self, seen: Mapping[str, int], failures: Sequence[Failure], reasons: Mapping[str, int] | None = None
+    ) -> None:
         """Add samples looked at and the bad ones among them.
+
+        Args:
+            seen: samples looked at, by source.
+            failures: the bad ones.
+            reasons: how many there were of the one source in ``seen``, by reason, where ``failures``
+                names only some of them.
 
         Raises:
             TooManyFailures: when a source exceeds the limit.
@@ -54,29 +67,42 @@ class Ledger:
         self.seen.update(seen)
         for failure in failures:
             self.failed[failure.source, failure.reason] += 1
-            if failure not in self._known:
-                self._known.add(failure)
-                self.lines.append(failure)
+            if failure in self._known:
+                continue
+            if len(self.lines) == MAX_LINES:
+                self.unnamed += 1
+                continue
+            self._known.add(failure)
+            self.lines.append(failure)
+        if reasons is not None:
+            (source,) = seen
+            named = Counter(failure.reason for failure in failures)
+            for reason, count in reasons.items():
+                self.failed[source, reason] += count - named[reason]
+                self.unnamed += count - named[reason]
         for source in {failure.source for failure in failures}:
             self._check(source)
 
     def counts(self, source: str) -> dict[str, int]:
         """Bad samples of a source by reason."""
-        return {reason: n for (name, reason), n in sorted(self.failed.items()) if name == source}
+        return {reason: n for (name, reason), n in sorted(self.failed.items()) if name == source and n}
 
     def write(self, path: Path | str) -> None:
-        """Write the lines as JSON lines."""
-        text = "".join(json.dumps(asdict(line), ensure_ascii=False) + "\n" for line in self.lines)
+        """Write the lines as JSON lines; a last one says how many more there were."""
+        lines: list[dict] = [asdict(line) for line in self.lines]
+        if self.unnamed:
+            lines.append({"unnamed": self.unnamed})
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         Path(path).write_text(text, encoding="utf-8")
 
     def _check(self, source: str) -> None:
         counts = self.counts(source)
         bad, seen = sum(counts.values()), max(self.seen[source], 1)
         if bad >= MINIMUM_FAILURES and bad > self.limit * seen:
-            last = next(line for line in reversed(self.lines) if line.source == source)
+            last = next((line for line in reversed(self.lines) if line.source == source), None)
+            where = f"; the last: {last.shard}, key {last.key!r}: {last.reason} {last.detail}" if last else ""
             reasons = ", ".join(f"{reason} {n}" for reason, n in counts.items())
             raise TooManyFailures(
                 f"source {source!r}: {bad} of {seen} samples are bad, more than data.failure_limit="
-                f"{self.limit} allows ({reasons}); the last: {last.shard}, key {last.key!r}: "
-                f"{last.reason} {last.detail}".rstrip()
+                f"{self.limit} allows ({reasons}){where}".rstrip()
             )

@@ -10,7 +10,7 @@ from data_pipeline.errors import SettingsError
 
 KINDS = ("interleaved", "pairs")
 EXECUTORS = ("inline", "threads", "processes", "ray")
-CHANGES = ("manifest", "tokenizer", "decoder", "settings")
+CHANGES = ("manifest", "tokenizer", "decoder", "settings", "weights")
 """What ``accept_changes`` may name."""
 
 MAX_SOURCES = 256
@@ -23,7 +23,8 @@ class SourceSettings:
 
     Attributes:
         name: what logs, ledgers and validation call it; unique.
-        path: folder of tar shards (``*.tar``, see ``formats.py``), or one shard.
+        path: folder of tar shards (``*.tar``, see ``formats.py``), or one shard; a path or a URL
+            (``s3://bucket/folder``).
         weight: its share of the samples, relative to the other sources; above 0.
         kind: ``interleaved``, documents as they stand, or ``pairs``, one image and its caption: the
             image comes before or after its text with p = 0.5, and text before it is not predicted.
@@ -33,6 +34,27 @@ class SourceSettings:
     path: str = ""
     weight: float = 1.0
     kind: str = "interleaved"
+
+
+@dataclass
+class StorageSettings:
+    """How files are read that are not on this machine (``s3://...`` and every URL fsspec knows).
+
+    Attributes:
+        cache: folder on a local disk for blocks of remote files, shared by all processes; empty: none.
+        cache_bytes: its size at most.
+        block_bytes: what the cache fetches and keeps at a time.
+        concurrency: requests under way at most, of each process.
+        timeout: seconds for one request.
+        deadline: seconds for one range, with all its repetitions; then the run stops by name.
+    """
+
+    cache: str = ""
+    cache_bytes: int = 64 << 30
+    block_bytes: int = 4 << 20
+    concurrency: int = 16
+    timeout: float = 30.0
+    deadline: float = 300.0
 
 
 @dataclass
@@ -67,7 +89,11 @@ class DataSettings:
         ray_address: of the cluster: ``auto`` takes the one this machine is part of, ``local`` starts
             one for this run, or ``host:port``.
         accept_changes: what may have changed when a run resumes: manifest, tokenizer, decoder,
-            settings. Anything else that has is an error.
+            settings, weights (the sources are mixed by the new ones from there on, and the change is
+            recorded). Anything else that has is an error.
+        shuffle_shards: shards whose documents are shuffled together: shards come in an order of their
+            own, and so many of them are open at a time.
+        storage: reading of remote files.
     """
 
     sources: list[SourceSettings] = field(default_factory=list)
@@ -90,6 +116,8 @@ class DataSettings:
     task_timeout: float = 300.0
     ray_address: str = "auto"
     accept_changes: list[str] = field(default_factory=list)
+    shuffle_shards: int = 16
+    storage: StorageSettings = field(default_factory=StorageSettings)
 
 
 def check_settings(settings: DataSettings) -> None:
@@ -112,7 +140,8 @@ def check_settings(settings: DataSettings) -> None:
         if not 0 < source.weight < float("inf"):
             raise SettingsError(f"{where}.weight: must be above 0, got {source.weight}")
     _check_service(settings)
-    for name in ("image_tokens", "image_size", "drawn_size", "window", "max_pixels", "workers", "prefetch"):
+    counts = ("image_tokens", "image_size", "drawn_size", "window", "max_pixels", "workers", "prefetch")
+    for name in (*counts, "shuffle_shards"):
         if getattr(settings, name) < 1:
             raise SettingsError(f"data.{name}: must be at least 1, got {getattr(settings, name)}")
     if settings.max_images_per_row is not None and settings.max_images_per_row < 1:
@@ -128,6 +157,10 @@ def check_settings(settings: DataSettings) -> None:
 
 
 def _check_service(settings: DataSettings) -> None:
+    for name in ("cache_bytes", "block_bytes", "concurrency", "timeout", "deadline"):
+        value = getattr(settings.storage, name)
+        if not value > 0:
+            raise SettingsError(f"data.storage.{name}: must be above 0, got {value}")
     if settings.executor not in EXECUTORS:
         raise SettingsError(
             f"data.executor: must be one of {', '.join(EXECUTORS)}, got {settings.executor!r}"
@@ -141,7 +174,9 @@ def _check_service(settings: DataSettings) -> None:
 
 
 def whole_weights(settings: DataSettings) -> list[int]:
-    """Weights of the sources as whole numbers, so that mixing is exact: 0.5 and 0.25 are 2 and 1."""
+    """Weights of the sources as the smallest whole numbers, so that mixing is exact: 0.5 and 0.25 are 2
+    and 1."""
     shares = [Fraction(str(source.weight)) for source in settings.sources]
     unit = math.lcm(*(share.denominator for share in shares))
-    return [int(share * unit) for share in shares]
+    whole = [int(share * unit) for share in shares]
+    return [weight // math.gcd(*whole) for weight in whole]

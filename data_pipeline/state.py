@@ -2,10 +2,11 @@
 
 A position is about 1 KB of JSON in the trainer's checkpoint:
 
-    {"schema": 2, "manifest": ..., "tokenizer": ..., "decoder": ..., "settings": {...},
-     "cursor": {"step": 120, "drawn": [640, 320], "row": 17}}
+    {"schema": 3, "manifest": ..., "tokenizer": ..., "decoder": ..., "settings": {...},
+     "mix": [{"drawn": [0, 0], "weights": [2, 1]}], "cursor": {"step": 120, "drawn": [640, 320], "row": 17}}
 
-``cursor`` says where the stream stands, the rest what the order and the pixels depend on.
+``cursor`` says where the stream stands, ``mix`` the weights of the sources from which position on, the
+rest what the order and the pixels depend on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from data_pipeline.batch import PADDING, Batch
 from data_pipeline.errors import ResumeError
 from data_pipeline.settings import DataSettings
 
-SCHEMA = 2
+SCHEMA = 3
 FIXED = (
     "context_length",
     "image_tokens",
@@ -31,13 +32,14 @@ FIXED = (
     "max_images_per_row",
     "max_pixels",
     "seed",
+    "shuffle_shards",
 )
 """Settings that the order or the content of the samples depends on."""
 
 
 def fixed_settings(settings: DataSettings, split: str) -> dict[str, Any]:
     """The settings that a position depends on, as JSON values."""
-    sources = [[source.name, source.kind, source.weight] for source in settings.sources]
+    sources = [[source.name, source.kind] for source in settings.sources]
     return {"sources": sources, "split": split, **{name: getattr(settings, name) for name in FIXED}}
 
 
@@ -66,6 +68,9 @@ def check_state(saved: Any, own: dict[str, Any], accept: Collection[str] = ()) -
         changed["decoder"] = [f"another image decoder (was {saved['decoder']}; now {own['decoder']})"]
     if saved["manifest"] != own["manifest"]:
         changed["manifest"] = ["other documents in the shards (manifest)"]
+    if saved["mix"][-1]["weights"] != own["mix"][-1]["weights"]:
+        was, now = saved["mix"][-1]["weights"], own["mix"][-1]["weights"]
+        changed["weights"] = [f"the weights of data.sources were {was}, now {now}"]
     refused = {name: lines for name, lines in changed.items() if lines and name not in accept}
     if refused:
         lines = "; ".join(line for own_lines in refused.values() for line in own_lines)

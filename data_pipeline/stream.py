@@ -8,108 +8,24 @@ exactly, at any number of ranks. Nothing is decoded before a rank asks for its b
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from data_pipeline.batch import Batch
+from data_pipeline.corpus import SPLITS, open_corpus
 from data_pipeline.decode import decode
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.formats import Document
-from data_pipeline.index import Corpus, open_corpus
-from data_pipeline.mix import next_source
-from data_pipeline.pack import pack
-from data_pipeline.plan import SAMPLE_BITS, Part, keyed, parts_of, permuted
+from data_pipeline.plan import SAMPLE_BITS, Part
+from data_pipeline.planner import Planner
 from data_pipeline.produce import Producer, failure_of
 from data_pipeline.quarantine import Ledger
 from data_pipeline.settings import DataSettings, check_settings, whole_weights
 from data_pipeline.state import SCHEMA, check_state, fixed_settings
 from data_pipeline.task import Address, Produced, Task
 from data_pipeline.tokens import load_tokenizer
-
-SPLITS = ("train", "heldout")
-ORDER, FLIP, ROWS, VALIDATION = range(4)
-"""What a keyed choice is for: order of samples, side of a pair's image, order of rows, validation."""
-
-
-class Planner:
-    """Windows of packed rows: a pure function of the samples drawn so far.
-
-    Args:
-        settings: as checked by ``check_settings``.
-        corpus: the index.
-        split: ``train`` or ``heldout``.
-    """
-
-    def __init__(self, settings: DataSettings, corpus: Corpus, split: str):
-        self.settings = settings
-        self.corpus = corpus
-        self.weights = whole_weights(settings)
-        self.split = split
-        self.numbers = [source.train if split == "train" else source.heldout for source in corpus.sources]
-
-    def check(self) -> None:
-        """Check that every source has documents in the split.
-
-        Raises:
-            DataError: naming the first that has none.
-        """
-        for source, numbers in zip(self.corpus.sources, self.numbers, strict=True):
-            if len(numbers) == 0:
-                raise DataError(
-                    f"source {source.settings.name!r}: none of its {len(source.entries)} documents is in the "
-                    f"{self.split} split; change data.holdout={self.settings.holdout} or add documents"
-                )
-
-    def window(self, drawn: list[int]) -> tuple[list[list[Part]], list[int]]:
-        """Plan one window.
-
-        Args:
-            drawn: samples taken from each source before it.
-
-        Returns:
-            Its rows, in the order they are trained; and ``drawn`` after it.
-
-        Raises:
-            DataError: when a source has no document in the split.
-        """
-        self.check()
-        after = list(drawn)
-        parts: list[list[Part]] = [[] for _ in after]
-        for _ in range(self.settings.window):
-            source = next_source(after, self.weights)
-            parts[source] += self.sample(source, after[source])
-            after[source] += 1
-        rows = [row for own in parts for row in self.pack(own)]
-        key = (self.settings.seed, ROWS, sum(drawn))
-        return [rows[permuted(index, len(rows), *key)] for index in range(len(rows))], after
-
-    def sample(self, source: int, draw: int) -> list[Part]:
-        """The parts of a source's ``draw``-th sample: each pass over the source has its own order."""
-        numbers = self.numbers[source]
-        epoch, index = divmod(draw, len(numbers))
-        number = int(numbers[permuted(index, len(numbers), self.settings.seed, ORDER, source, epoch)])
-        return self.parts(source, number, epoch)
-
-    def parts(self, source: int, number: int, epoch: int) -> list[Part]:
-        """The parts of a document as it is seen in a pass over its source."""
-        corpus = self.corpus.sources[source]
-        pair = corpus.settings.kind == "pairs"
-        flipped = pair and keyed(self.settings.seed, FLIP, source, epoch, number) & 1 == 1
-        return parts_of(
-            corpus.entries[number].pieces,
-            source,
-            number,
-            room=self.settings.context_length,
-            image_tokens=self.settings.image_tokens,
-            max_images=self.settings.max_images_per_row,
-            flipped=flipped,
-        )
-
-    def pack(self, parts: list[Part]) -> list[list[Part]]:
-        """Rows of parts of one source."""
-        return pack(parts, self.settings.context_length, self.settings.max_images_per_row)
 
 
 @dataclass(frozen=True)
@@ -212,11 +128,11 @@ class Stream:
         self.global_rows = global_rows
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self.ledger = Ledger(settings.failure_limit)
-        self.corpus = open_corpus(settings, self.tokenizer, self.ledger)
+        self.producer = Producer(settings, self.tokenizer)
+        self.corpus = open_corpus(settings, self.tokenizer, self.ledger, self.producer.storage)
         self.planner = Planner(settings, self.corpus, split)
         if split == "train":
             self.planner.check()
-        self.producer = Producer(settings, self.tokenizer)
         self._step = 0
         self._drawn = [0] * len(settings.sources)  # samples of each source before the window
         self._row = 0  # rows of the window that are used up
@@ -245,6 +161,7 @@ class Stream:
             "tokenizer": self.tokenizer.fingerprint,
             "decoder": self.producer.decoder.fingerprint,
             "settings": fixed_settings(self.settings, self.split),
+            "mix": self.planner.events(),
             "cursor": {"step": self._step, "drawn": list(self._drawn), "row": self._row},
         }
 
@@ -258,7 +175,26 @@ class Stream:
         check_state(state, self.state(), self.settings.accept_changes)
         cursor = state["cursor"]
         self._step, self._drawn, self._row = cursor["step"], list(cursor["drawn"]), cursor["row"]
+        self.planner.load_events(state["mix"])
         self._window = self.planner.window(self._drawn) if self._row else None
+        wanted = whole_weights(self.settings)
+        if self.planner.mixes[-1].weights != wanted:
+            self.change_weights(wanted)
+
+    def change_weights(self, weights: list[int]) -> None:
+        """Mix by other weights from the next window on; the change becomes part of the position.
+
+        Args:
+            weights: a positive whole number for each source.
+
+        Raises:
+            ValueError: when they are not that.
+        """
+        if len(weights) != len(self.settings.sources) or any(type(w) is not int or w < 1 for w in weights):
+            raise ValueError(
+                f"weights must be {len(self.settings.sources)} positive whole numbers, got {weights}"
+            )
+        self.planner.change_weights(self._drawn if self._window is None else self._window[1], weights)
 
     def validation_tasks(
         self, source: str | int, documents: int, rows_per_micro_batch: int, rank: int = 0, ranks: int = 1
@@ -277,7 +213,7 @@ class Stream:
         number = self._source(source)
         parts = [
             part
-            for document in self._heldout(number)[:documents]
+            for document in islice(self._heldout(number), documents)
             for part in self.planner.parts(number, document, 0)
         ]
         rows = self.planner.pack(parts)
@@ -348,12 +284,14 @@ class Stream:
     def address(self, part: Part) -> Address:
         """Where the bytes of a planned part lie."""
         source = self.corpus.sources[part.source]
-        entry = source.entries[part.number]
+        entry = source.entry(part.number)
+        shard = source.shards[entry.shard]
         return Address(
             part,
             source.settings.name,
             source.settings.kind == "pairs",
-            str(source.shards[entry.shard]),
+            shard.url,
+            shard.stamp.etag,
             entry.key,
             entry.json,
             tuple(entry.images),
@@ -393,10 +331,9 @@ class Stream:
             return source
         raise DataError(f"source {source!r}: not one of {', '.join(names)}")
 
-    def _heldout(self, source: int) -> list[int]:
+    def _heldout(self, source: int) -> Iterator[int]:
         """Numbers of a source's held-out documents in a fixed order, the same for any seed."""
-        numbers: np.ndarray = self.corpus.sources[source].heldout
-        if len(numbers) == 0:
+        if not self.corpus.sources[source].counts("heldout").any():
             name = self.settings.sources[source].name
             raise DataError(f"source {name!r}: no document is held out; raise data.holdout")
-        return [int(numbers[permuted(i, len(numbers), VALIDATION, source)]) for i in range(len(numbers))]
+        return self.planner.heldout(source)

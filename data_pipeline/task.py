@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.batch import Batch
+from data_pipeline.index import IMAGE
 from data_pipeline.plan import Part
 from data_pipeline.quarantine import Failure
+from data_pipeline.storage import Range
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Address:
     Attributes:
         part: what the row holds of the document.
         source: name of the source; ``pair``: whether it is one of image-text pairs.
-        shard: path or URL of the shard.
+        shard: path or URL of the shard; ``etag``: of the shard that was indexed.
         key: of the document.
         json: offset and size of its JSON.
         images: offset and size of each of its images.
@@ -34,10 +36,21 @@ class Address:
     source: str
     pair: bool
     shard: str
+    etag: str
     key: str
     json: tuple[int, int]
     images: tuple[tuple[int, int], ...]
     pieces: tuple[int, ...]
+
+    def ranges(self) -> list[Range]:
+        """The bytes that the part needs: its JSON, then its images in their order."""
+        given = iter(self.images)
+        where = [next(given) if tokens == IMAGE else None for tokens in self.pieces]
+        if self.part.flipped:
+            where.reverse()
+        own = [where[segment.piece] for segment in self.part.segments]
+        places = [self.json, *(place for place in own if place is not None)]
+        return [Range(self.shard, *place, self.etag) for place in places]
 
 
 @dataclass(frozen=True)

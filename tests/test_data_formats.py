@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +17,12 @@ from data_pipeline.formats import (
     parse_content,
     read_document,
     read_range,
-    scan_shard,
+    scan_file,
 )
-from data_pipeline.index import index_shard, is_held_out
+from data_pipeline.index import ShardIndex, is_held_out
+from data_pipeline.index import index_shard as index_one
 from data_pipeline.quarantine import Failure, Ledger
+from data_pipeline.storage import Storage
 from data_pipeline.stream import Stream
 from data_pipeline.tokens import load_tokenizer
 from tests.data_corpora import documents, make_settings, make_tokenizer, picture, write_tar
@@ -34,14 +37,23 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(make_tokenizer(tmp_path_factory.mktemp("tokenizer")))
 
 
+def index_shard(path, tokenizer):
+    """Entries, and (key, reason, detail) of the bad documents."""
+    storage = Storage()
+    table, about = index_one(storage, str(path), storage.stat(str(path)), tokenizer)
+    index = ShardIndex(table, about)
+    bad = table.slice(about["documents"]).select(["key", "reason", "detail"]).to_pylist()
+    return [index.entry(row) for row in range(len(index))], [tuple(line.values()) for line in bad]
+
+
 def reasons(path, tokenizer):
-    good, bad = index_shard(path, 0, tokenizer)
+    good, bad = index_shard(path, tokenizer)
     return [entry.key for entry in good], Counter((key, reason) for key, reason, _ in bad)
 
 
 def test_documents_come_back_as_they_were_written(tmp_path):
     settings = make_settings(tmp_path, {"a": documents(45)})
-    assert [shard.name for shard in find_shards(settings.sources[0].path, "a")] == [
+    assert [Path(shard).name for shard, _ in find_shards(settings.sources[0].path, "a")] == [
         "000000.tar",
         "000001.tar",
         "000002.tar",
@@ -83,7 +95,7 @@ def test_writer_refuses_a_key_twice_and_a_folder_with_shards(tmp_path):
 @pytest.mark.parametrize(
     ("members", "key", "reason"),
     [
-        ([("k.json", b"{"), ("k.0.png", b"x")], "k", "json cannot be read"),
+        ([("k.json", b"{"), ("k.0.png", picture(1))], "k", "json cannot be read"),
         ([("k.json", b'{"content": [{"text": "\xff"}]}')], "k", "json cannot be read"),
         ([("k.json", b'{"content": [{"text": "\\ud800"}]}')], "k", "json cannot be read"),
         ([("k.json", b"[" * 100_000)], "k", "json cannot be read"),
@@ -92,24 +104,34 @@ def test_writer_refuses_a_key_twice_and_a_folder_with_shards(tmp_path):
         ([("k.json", b'{"content": [], "metadata": 3}')], "k", "json is not a document"),
         ([("k.json", b'{"content": [{"text": ""}]}')], "k", "document is empty"),
         ([("k.json", GOOD)], "k", "image is missing"),
-        ([("k.json", CROWDED), ("k.0.png", b"x")], "k", "document has too many images"),
-        ([("k.json", GOOD), ("k.1.png", b"x")], "k", "image is missing"),
-        ([("k.0.png", b"x"), ("k.pkl", b"x")], "k", "no json"),
-        ([("../k.json", GOOD), ("../k.0.png", b"x")], "../k", "member name points outside the shard"),
-        ([("/etc/k.json", GOOD), ("/etc/k.0.png", b"x")], "/etc/k", "member name points outside the shard"),
-        ([("k.json", GOOD), ("k.json", GOOD), ("k.0.png", b"x")], "k", "member is there twice"),
+        ([("k.json", CROWDED), ("k.0.png", picture(1))], "k", "document has too many images"),
+        ([("k.json", GOOD), ("k.1.png", picture(1))], "k", "image is missing"),
+        ([("k.0.png", picture(1)), ("k.bin", picture(1))], "k", "no json"),
+        ([("../k.json", GOOD), ("../k.0.png", picture(1))], "../k", "member name points outside the shard"),
+        (
+            [("/etc/k.json", GOOD), ("/etc/k.0.png", picture(1))],
+            "/etc/k",
+            "member name points outside the shard",
+        ),
+        ([("k.json", GOOD), ("k.json", GOOD), ("k.0.png", picture(1))], "k", "member is there twice"),
     ],
 )
 def test_a_bad_document_is_counted_and_its_neighbours_are_kept(tmp_path, tokenizer, members, key, reason):
-    good = [("a.json", GOOD), ("a.0.png", b"x")]
-    write_tar(tmp_path / "s.tar", [*good, *members, ("z.json", GOOD), ("z.0.png", b"x")])
+    good = [("a.json", GOOD), ("a.0.png", picture(1))]
+    write_tar(tmp_path / "s.tar", [*good, *members, ("z.json", GOOD), ("z.0.png", picture(1))])
     assert reasons(tmp_path / "s.tar", tokenizer) == (["a", "z"], Counter({(key, reason): 1}))
 
 
 def test_scattered_members_of_a_key_are_refused_by_name(tmp_path, tokenizer):
     write_tar(
         tmp_path / "s.tar",
-        [("a.json", GOOD), ("a.0.png", b"x"), ("b.json", GOOD), ("b.0.png", b"x"), ("a.1.png", b"x")],
+        [
+            ("a.json", GOOD),
+            ("a.0.png", picture(1)),
+            ("b.json", GOOD),
+            ("b.0.png", picture(1)),
+            ("a.1.png", picture(1)),
+        ],
     )
     good, bad = reasons(tmp_path / "s.tar", tokenizer)
     assert good == ["b"]
@@ -126,8 +148,8 @@ def test_links_are_not_followed(tmp_path, tokenizer):
 
 def test_a_shard_cut_short_anywhere_loses_only_what_is_missing(tmp_path, tokenizer):
     settings = make_settings(tmp_path, {"a": documents(8)})
-    whole = find_shards(settings.sources[0].path, "a")[0].read_bytes()
-    everything = [entry.key for entry in index_shard(tmp_path / "a" / "000000.tar", 0, tokenizer)[0]]
+    whole = Path(find_shards(settings.sources[0].path, "a")[0][0]).read_bytes()
+    everything = [entry.key for entry in index_shard(tmp_path / "a" / "000000.tar", tokenizer)[0]]
     cuts = [*range(512, len(whole) - 10240, 700), 512 * 20, 512 * 33]
     for number, cut in enumerate(cuts):
         path = tmp_path / f"cut{number}.tar"
@@ -140,9 +162,9 @@ def test_a_shard_cut_short_anywhere_loses_only_what_is_missing(tmp_path, tokeniz
 
 def test_a_broken_header_in_the_middle_is_not_taken_for_the_end(tmp_path, tokenizer):
     settings = make_settings(tmp_path, {"a": documents(8)})
-    path = find_shards(settings.sources[0].path, "a")[0]
-    members = [m for _, group in scan_shard(path) for m in group]
-    blob = bytearray(path.read_bytes())
+    path = find_shards(settings.sources[0].path, "a")[0][0]
+    members = [m for _, group in scan_file(path) for m in group]
+    blob = bytearray(Path(path).read_bytes())
     start = members[len(members) // 2].offset - 512
     blob[start : start + 512] = b"x" * 512
     (tmp_path / "broken.tar").write_bytes(blob)
@@ -156,22 +178,22 @@ def test_what_is_no_tar_file_is_an_error_that_names_it(tmp_path, tokenizer, blob
     path = tmp_path / "s.tar"
     path.write_bytes(blob)
     with pytest.raises(DataError, match="s.tar: not a tar file"):
-        index_shard(path, 0, tokenizer)
+        index_shard(path, tokenizer)
 
 
 def test_index_is_kept_beside_the_shard_and_made_anew_when_it_changes(tmp_path, tokenizer):
-    write_tar(tmp_path / "s.tar", [("a.json", GOOD), ("a.0.png", b"x")])
-    first = index_shard(tmp_path / "s.tar", 0, tokenizer)
-    (sidecar,) = tmp_path.glob("s.tar.*.json")
+    write_tar(tmp_path / "s.tar", [("a.json", GOOD), ("a.0.png", picture(1))])
+    first = index_shard(tmp_path / "s.tar", tokenizer)
+    (sidecar,) = tmp_path.glob("s.tar.*.parquet")
     stamp = sidecar.stat().st_mtime_ns
-    assert index_shard(tmp_path / "s.tar", 0, tokenizer) == first
+    assert index_shard(tmp_path / "s.tar", tokenizer) == first
     assert sidecar.stat().st_mtime_ns == stamp
-    write_tar(tmp_path / "s.tar", [("bb.json", GOOD), ("bb.0.png", b"x")] * 1 + [("c.json", GOOD)])
-    good, bad = index_shard(tmp_path / "s.tar", 0, tokenizer)
+    write_tar(tmp_path / "s.tar", [("bb.json", GOOD), ("bb.0.png", picture(1))] * 1 + [("c.json", GOOD)])
+    good, bad = index_shard(tmp_path / "s.tar", tokenizer)
     assert [entry.key for entry in good] == ["bb"]
     assert bad[0][0] == "c"
     sidecar.write_bytes(sidecar.read_bytes()[:50])
-    assert [entry.key for entry in index_shard(tmp_path / "s.tar", 0, tokenizer)[0]] == ["bb"]
+    assert [entry.key for entry in index_shard(tmp_path / "s.tar", tokenizer)[0]] == ["bb"]
 
 
 def test_reading_past_a_shortened_shard_is_a_bad_sample(tmp_path):

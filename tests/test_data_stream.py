@@ -1,6 +1,7 @@
 """The stream of steps: exact order at any number of ranks, exact resume, masked bad samples."""
 
 import json
+import os
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -97,7 +98,7 @@ def test_every_document_comes_whole_once_an_epoch(mixed):
             for segment in part.segments:
                 seen[part.source][part.number, segment.piece] += 1
     for source, count in enumerate(drawn):
-        size = len(stream.corpus.sources[source].entries)
+        size = len(stream.corpus.sources[source])
         times = Counter({number: n for (number, _), n in seen[source].items()})
         assert set(times.values()) <= {count // size, -(-count // size)}
         assert sum(times.values()) == count
@@ -189,9 +190,10 @@ def test_resume_refuses_other_data_tokenizer_and_settings_by_name(tmp_path):
         Stream(chosen).load_state(state)
     chosen.context_length, chosen.seed = 64, 0
     chosen.sources[0].weight = 2.0
+    chosen.sources[0].kind = "pairs"
     with pytest.raises(ResumeError, match="data.sources was"):
         Stream(chosen).load_state(state)
-    chosen.sources[0].weight = 1.0
+    chosen.sources[0].weight, chosen.sources[0].kind = 1.0, "interleaved"
 
     (tmp_path / "other").mkdir()
     chosen.tokenizer = make_tokenizer(tmp_path / "other", 290)
@@ -206,6 +208,34 @@ def test_resume_refuses_other_data_tokenizer_and_settings_by_name(tmp_path):
         Stream(chosen).load_state(state)
     with pytest.raises(ResumeError, match="not one this version can read"):
         Stream(chosen).load_state({"schema": 99})
+
+
+def test_a_change_of_weights_is_refused_or_recorded(tmp_path):
+    chosen = make_settings(tmp_path, {"a": documents(60), "b": documents(60, "e", 1)})
+    stream = Stream(chosen, global_rows=4)
+    for _ in range(9):
+        state = stream.next().state
+    chosen.sources[0].weight = 3.0
+    with pytest.raises(ResumeError, match=r"weights of data.sources were \[1, 1\], now \[3, 1\]"):
+        Stream(chosen, global_rows=4).load_state(state)
+    chosen.accept_changes = ["weights"]
+    changed = Stream(chosen, global_rows=4)
+    changed.load_state(state)
+    left = len(stream._window[0]) - stream._row  # the window under way keeps its weights
+    ours, theirs = ([row for _ in range(-(-left // 4)) for row in s.next().rows] for s in (stream, changed))
+    assert ours[:left] == theirs[:left]
+    first, second = changed.state()["mix"]
+    assert (first["weights"], second["weights"]) == ([1, 1], [3, 1])
+    base, drawn = second["drawn"], list(second["drawn"])
+    for n in range(1, 400):
+        drawn[changed.planner.mix(sum(drawn)).next_source(drawn)] += 1
+        assert abs((drawn[0] - base[0]) - 0.75 * n) < 1
+    after = changed.next()
+    again = Stream(chosen, global_rows=4)  # the record is enough to go on as if it had run through
+    again.load_state(after.state)
+    assert [again.next().rows for _ in range(9)] == [changed.next().rows for _ in range(9)]
+    with pytest.raises(ValueError, match="positive whole"):
+        changed.change_weights([1, 0])
 
 
 def test_moving_the_data_does_not_matter(tmp_path):
@@ -340,7 +370,7 @@ def test_held_out_documents_are_kept_from_training_and_come_in_a_fixed_order(tmp
     chosen.seed = 9
     assert [d.key for d in Stream(chosen).heldout_documents(10, 0)] == [d.key for d in held]
     assert all(d.metadata["index"] == int(d.key[1:]) for d in held)
-    numbers = set(stream.corpus.sources[0].heldout.tolist())
+    numbers = {n for shard in range(5) for n in stream.corpus.sources[0].numbers("heldout", shard).tolist()}
     trained = {int(p.number) for _ in range(40) for row in stream.next().rows for p in row if p.source == 0}
     assert len(trained) + len(numbers) == 100
     assert not trained & numbers
@@ -350,9 +380,9 @@ def test_held_out_documents_are_kept_from_training_and_come_in_a_fixed_order(tmp
         again = Stream(chosen, "heldout").validation_batches(name, 5, 2)
         ids = {int(i) for batch in batches for i in batch.sample_ids if i != PADDING}
         assert len(ids) == 5
-        assert {i & ((1 << SAMPLE_BITS) - 1) for i in ids} <= set(
-            stream.corpus.sources[stream._source(name)].heldout.tolist()
-        )
+        source = stream.corpus.sources[stream._source(name)]
+        held = {n for shard in range(len(source.shards)) for n in source.numbers("heldout", shard).tolist()}
+        assert {i & ((1 << SAMPLE_BITS) - 1) for i in ids} <= held
         assert [len(b.row_starts) for b in batches[:-1]] == [3] * (len(batches) - 1)
         assert all(map(same, batches, again)) or name == "pairs"
         split = [stream.validation_batches(name, 5, 2, rank, 2) for rank in (0, 1)]
@@ -374,8 +404,9 @@ def test_bad_held_out_documents_are_passed_over_and_counted(tmp_path):
     good = documents(20)
     good[3].content[1] = cut_jpeg()
     stream = Stream(make_settings(tmp_path, {"a": good}, holdout=0.9))
-    assert 3 in stream.corpus.sources[0].heldout
-    assert len(stream.heldout_documents(100)) == len(stream.corpus.sources[0].heldout) - 1
+    held = stream.corpus.sources[0].numbers("heldout", 0)
+    assert 3 in held
+    assert len(stream.heldout_documents(100)) == len(held) - 1
     assert stream.ledger.counts("a") == {"image cannot be read": 1}
 
 
@@ -441,7 +472,9 @@ def test_text_that_changes_under_a_run_is_masked(tmp_path):
     blob = path.read_bytes()
     for word in WORDS:
         blob = blob.replace(f" {word}".encode(), b"~" * (1 + len(word)))
+    before = path.stat().st_mtime_ns
     path.write_bytes(blob)
+    os.utime(path, ns=(before, before))
     step = stream.next()
     batch = step.batches(0, 1, 1, 1)[0]
     batch.validate()

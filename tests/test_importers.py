@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from data_pipeline.cli import app
 from data_pipeline.errors import DataError
-from data_pipeline.formats import find_shards, parse_content, read_range, scan_shard
+from data_pipeline.formats import find_shards, parse_content, read_range, scan_file
 from data_pipeline.importers.common import checked_image
 from data_pipeline.importers.html import import_html
 from data_pipeline.importers.mmc4 import Filters, assign, import_mmc4
@@ -42,8 +42,8 @@ RUN = CliRunner()
 def read(folder):
     """Documents of a folder of shards: {key: [text or image bytes, ...]}."""
     found = {}
-    for shard in find_shards(str(folder), "x"):
-        for key, members in scan_shard(shard):
+    for shard, _ in find_shards(str(folder), "x"):
+        for key, members in scan_file(shard):
             blobs = {m.name: read_range(shard, m.offset, m.size) for m in members}
             pieces, _ = parse_content(blobs["json"])
             found[key] = [blobs[value] if kind == "image" else value for kind, value in pieces]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import BadSample
-from data_pipeline.formats import Document, Summary, read_range, scan_shard
+from data_pipeline.formats import Document, Summary, read_range, scan_file
 from data_pipeline.importers.common import (
     Drop,
     checked_image,
@@ -73,7 +73,7 @@ def _records(file: Path, drop: Drop) -> Iterator[tuple[str, dict[str, Any], Find
 
 def _tar_records(file: Path, drop: Drop) -> Iterator[tuple[str, dict[str, Any], Find]]:
     seen: set[str] = set()
-    for key, members in scan_shard(file):
+    for key, members in scan_file(file):
         problem = next((member.problem for member in members if member.problem), "")
         if problem or key in seen:
             drop(problem or "members of the key do not lie together")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import BadSample, DataError
-from data_pipeline.formats import Document, Member, Summary, read_range, scan_shard
+from data_pipeline.formats import Document, Member, Summary, read_range, scan_file
 from data_pipeline.importers.common import Drop, checked_image, find_inputs, run_import
 from data_pipeline.tokens import load_tokenizer
 
@@ -37,7 +37,7 @@ def import_pairs(
     def documents(drop: Drop) -> Iterator[Document]:
         for shard in shards:
             seen: set[str] = set()
-            for key, members in scan_shard(shard):
+            for key, members in scan_file(shard):
                 try:
                     if key in seen:
                         raise BadSample("members of the key do not lie together")

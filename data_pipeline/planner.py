@@ -1,0 +1,200 @@
+"""Windows of packed rows: which samples are trained on, in which order.
+
+Everything follows from (manifest, settings, samples drawn so far): shards come in an order of their
+own in each pass over a source, ``shuffle_shards`` of them at a time have their documents shuffled
+together, sources are mixed by weight, and a window of samples is packed to rows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.corpus import Corpus, Source
+from data_pipeline.errors import DataError, ResumeError
+from data_pipeline.mix import next_source
+from data_pipeline.pack import pack
+from data_pipeline.plan import Part, keyed, parts_of, permuted, shuffled
+from data_pipeline.settings import DataSettings, whole_weights
+
+ORDER, FLIP, ROWS, VALIDATION, SHARDS = range(5)
+"""What a keyed choice is for: order of documents, side of a pair's image, order of rows, validation,
+order of shards."""
+
+
+class Order:
+    """The order of a source's documents of one split.
+
+    Args:
+        source: the corpus.
+        split: ``train`` or ``heldout``.
+        together: shards whose documents are shuffled together.
+        key: of all choices.
+    """
+
+    def __init__(self, source: Source, split: str, together: int, *key: int):
+        self.source = source
+        self.split = split
+        self.together = together
+        self.key = key
+        self.counts = source.counts(split)
+        self.documents = int(self.counts.sum())
+        self._pass = lru_cache(maxsize=2)(self._arranged)
+
+    def number(self, epoch: int, index: int) -> int:
+        """Number in its source of the document that comes ``index``-th in a pass."""
+        shards, ends = self._pass(epoch)
+        block = int(np.searchsorted(ends[self.together - 1 : -1 : self.together], index, side="right"))
+        first = block * self.together
+        own = shards[first : first + self.together]
+        self.source.fetch(own.tolist())
+        start = int(ends[first - 1]) if first else 0
+        inside = ends[first : first + self.together] - start
+        place = permuted(index - start, int(inside[-1]), *self.key, ORDER, epoch, block)
+        at = int(np.searchsorted(inside, place, side="right"))
+        numbers = self._numbers(int(own[at]))
+        return int(numbers[place - (int(inside[at - 1]) if at else 0)])
+
+    def _numbers(self, shard: int) -> np.ndarray:
+        return self.source.numbers(self.split, shard)
+
+    def _arranged(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in the order of a pass, and how many documents there are up to the end of each."""
+        shards = shuffled(len(self.counts), *self.key, SHARDS, epoch)
+        return shards, np.cumsum(self.counts[shards])
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Weights from a position on.
+
+    Attributes:
+        drawn: samples taken from each source before it.
+        weights: whole numbers, one a source.
+    """
+
+    drawn: list[int]
+    weights: list[int]
+
+    def next_source(self, drawn: list[int]) -> int:
+        """Source of the next sample; since the change, each has had its share to within one."""
+        return next_source([n - base for n, base in zip(drawn, self.drawn, strict=True)], self.weights)
+
+
+class Planner:
+    """Windows of packed rows: a pure function of the samples drawn so far.
+
+    Args:
+        settings: as checked by ``check_settings``.
+        corpus: the index.
+        split: ``train`` or ``heldout``.
+
+    Attributes:
+        mixes: the weights, each from a position on; the first from the beginning.
+    """
+
+    def __init__(self, settings: DataSettings, corpus: Corpus, split: str):
+        self.settings = settings
+        self.corpus = corpus
+        self.split = split
+        self.mixes = [Mix([0] * len(corpus.sources), whole_weights(settings))]
+        together, seed = settings.shuffle_shards, settings.seed
+        self.orders = [Order(s, split, together, seed, number) for number, s in enumerate(corpus.sources)]
+
+    def check(self) -> None:
+        """Check that every source has documents in the split.
+
+        Raises:
+            DataError: naming the first that has none.
+        """
+        for source, order in zip(self.corpus.sources, self.orders, strict=True):
+            if order.documents == 0:
+                raise DataError(
+                    f"source {source.settings.name!r}: none of its {len(source)} documents is in the "
+                    f"{self.split} split; change data.holdout={self.settings.holdout} or add documents"
+                )
+
+    def window(self, drawn: list[int]) -> tuple[list[list[Part]], list[int]]:
+        """Plan one window.
+
+        Args:
+            drawn: samples taken from each source before it.
+
+        Returns:
+            Its rows, in the order they are trained; and ``drawn`` after it.
+
+        Raises:
+            DataError: when a source has no document in the split.
+        """
+        self.check()
+        mix, after = self.mix(sum(drawn)), list(drawn)
+        parts: list[list[Part]] = [[] for _ in after]
+        for _ in range(self.settings.window):
+            source = mix.next_source(after)
+            parts[source] += self.sample(source, after[source])
+            after[source] += 1
+        rows = [row for own in parts for row in self.pack(own)]
+        key = (self.settings.seed, ROWS, sum(drawn))
+        return [rows[permuted(index, len(rows), *key)] for index in range(len(rows))], after
+
+    def mix(self, position: int) -> Mix:
+        """The weights at a position, in samples of all sources."""
+        return self.mixes[bisect_right([sum(mix.drawn) for mix in self.mixes], position) - 1]
+
+    def change_weights(self, drawn: list[int], weights: list[int]) -> None:
+        """Have other weights from a position on; what was to come after it before is forgotten."""
+        self.mixes = [mix for mix in self.mixes if sum(mix.drawn) < sum(drawn)] + [
+            Mix(list(drawn), list(weights))
+        ]
+
+    def events(self) -> list[dict[str, Any]]:
+        """The weights and their positions, as JSON values."""
+        return [{"drawn": mix.drawn, "weights": mix.weights} for mix in self.mixes]
+
+    def load_events(self, events: list[dict[str, Any]]) -> None:
+        """Take up recorded weights.
+
+        Raises:
+            ResumeError: when they are of another number of sources.
+        """
+        mixes = [Mix(list(event["drawn"]), list(event["weights"])) for event in events]
+        if not mixes or any(len(mix.weights) != len(self.orders) for mix in mixes):
+            raise ResumeError("data position: its weights are not those of these sources")
+        self.mixes = mixes
+
+    def sample(self, source: int, draw: int) -> list[Part]:
+        """The parts of a source's ``draw``-th sample: each pass over the source has its own order."""
+        order = self.orders[source]
+        epoch, index = divmod(draw, order.documents)
+        return self.parts(source, order.number(epoch, index), epoch)
+
+    def parts(self, source: int, number: int, epoch: int) -> list[Part]:
+        """The parts of a document as it is seen in a pass over its source."""
+        corpus = self.corpus.sources[source]
+        pair = corpus.settings.kind == "pairs"
+        flipped = pair and keyed(self.settings.seed, FLIP, source, epoch, number) & 1 == 1
+        return parts_of(
+            corpus.entry(number).pieces,
+            source,
+            number,
+            room=self.settings.context_length,
+            image_tokens=self.settings.image_tokens,
+            max_images=self.settings.max_images_per_row,
+            flipped=flipped,
+        )
+
+    def pack(self, parts: list[Part]) -> list[list[Part]]:
+        """Rows of parts of one source."""
+        return pack(parts, self.settings.context_length, self.settings.max_images_per_row)
+
+    def heldout(self, source: int) -> Iterator[int]:
+        """Numbers of a source's held-out documents in a fixed order, the same for any seed."""
+        order = Order(
+            self.corpus.sources[source], "heldout", self.settings.shuffle_shards, VALIDATION, source
+        )
+        return (order.number(0, index) for index in range(order.documents))
