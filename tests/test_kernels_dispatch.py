@@ -199,6 +199,7 @@ def fake_installation(tmp_path: Path) -> tuple[Path, dict[str, str]]:
         **os.environ,
         "PYTHONPATH": str(home),
         "CXX": str(tool),
+        "FORCE_CUDA": "0",
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
 

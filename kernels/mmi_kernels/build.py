@@ -5,6 +5,9 @@ to run is chosen when it is loaded, so a library built on one machine runs on an
 named after a fingerprint of the sources, the flags and the torch version, lies inside the package
 (or in the user's cache where the package is read-only), and is put there by one rename, so that
 any number of processes may build or import at once. It links against libtorch's stable ABI.
+
+The CUDA kernels are part of it where nvcc is found, whether or not there is a GPU; FORCE_CUDA=1 makes
+a missing nvcc an error, FORCE_CUDA=0 leaves them out.
 """
 
 from __future__ import annotations
@@ -22,7 +25,18 @@ from pathlib import Path
 
 import torch
 
-from mmi_kernels.library import FLAGS, INSTRUCTION_SETS, SOURCES, STABLE_ABI, find, fingerprint, folders
+from mmi_kernels.library import (
+    CUDA_TARGETS,
+    FLAGS,
+    INSTRUCTION_SETS,
+    NVCC_FLAGS,
+    SOURCES,
+    STABLE_ABI,
+    VALUE_TYPES,
+    find,
+    fingerprint,
+    folders,
+)
 
 
 class BuildError(RuntimeError):
@@ -44,9 +58,37 @@ def units() -> list[Unit]:
         Unit(SOURCES / "cpu" / "deform.cpp", (*INSTRUCTION_SETS[name], f"-DMMI_KERNELS=kernels_{name}"))
         for name in names
     ]
+    return [Unit(SOURCES / "cpu" / "register.cpp", torch_flags()), *kernels]
+
+
+def torch_flags() -> tuple[str, ...]:
+    """For sources that include libtorch's headers."""
     include = Path(torch.__file__).parent / "include"
-    register = (f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", str(include))
-    return [Unit(SOURCES / "cpu" / "register.cpp", register), *kernels]
+    return (f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-isystem", str(include))
+
+
+def cuda_units() -> list[Unit]:
+    """What is compiled besides where nvcc is found: the registration, and the kernels a type of value."""
+    targets = [f"-gencode=arch={virtual},code={real}" for real, virtual in CUDA_TARGETS.items()]
+    source = SOURCES / "cuda" / "kernels.cu"
+    kernels = [Unit(source, (*NVCC_FLAGS, *targets, f"-DMMI_TYPE={name}")) for name in VALUE_TYPES]
+    return [*kernels, Unit(SOURCES / "cuda" / "register.cpp", torch_flags())]
+
+
+def nvcc() -> str | None:
+    """Path of nvcc (on the PATH or below CUDA_HOME) where the CUDA kernels are to be compiled.
+
+    Raises:
+        BuildError: FORCE_CUDA=1 and there is none.
+    """
+    force = os.environ.get("FORCE_CUDA")
+    if force == "0":
+        return None
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    found = shutil.which("nvcc") or shutil.which(str(Path(home) / "bin" / "nvcc"))
+    if found is None and force == "1":
+        raise BuildError(f"FORCE_CUDA=1, but nvcc is neither on the PATH nor in {home}/bin; set CUDA_HOME")
+    return found
 
 
 def compiler() -> str:
@@ -77,16 +119,17 @@ def build(*, force: bool = False) -> Path:
         BuildError: no compiler, or it failed; nothing is left behind.
     """
     tool = compiler()
-    version = _run([tool, "--version"]).splitlines()[0]
+    cuda = nvcc()
+    versions = {"compiler": _version(tool)} | ({"nvcc": _version(cuda)} if cuda else {})
     existing = find()
-    if existing and not force and _manifest(existing).get("compiler") == version:
+    if existing and not force and versions.items() <= _manifest(existing).items():
         return existing
     folder = _writable_folder()
     target = folder / f"mmi_kernels-{fingerprint()}.so"
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         library = Path(scratch) / target.name
-        _compile(tool, Path(scratch), library)
-        manifest = {"compiler": version, "torch": torch.__version__, "flags": FLAGS, "sets": INSTRUCTION_SETS}
+        _compile(tool, cuda, Path(scratch), library)
+        manifest = {**versions, "torch": torch.__version__, "flags": FLAGS, "sets": INSTRUCTION_SETS}
         described = library.with_suffix(".json")
         described.write_text(json.dumps(manifest, indent=1))
         os.replace(described, target.with_suffix(".json"))
@@ -94,17 +137,28 @@ def build(*, force: bool = False) -> Path:
     return target
 
 
-def _compile(tool: str, scratch: Path, library: Path) -> None:
+def _compile(tool: str, cuda: str | None, scratch: Path, library: Path) -> None:
     def one(numbered: tuple[int, Unit]) -> str:
         index, unit = numbered
         out = str(scratch / f"{index}.o")
-        _run([tool, *FLAGS, *unit.flags, "-c", str(unit.source), "-o", out])
+        with_nvcc = cuda is not None and unit.source.suffix == ".cu"
+        command = [cuda, "-ccbin", tool] if with_nvcc else [tool, *FLAGS]
+        _run([*command, *unit.flags, "-c", str(unit.source), "-o", out])
         return out
 
+    # The slowest first.
+    everything = [*(cuda_units() if cuda else []), *units()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(one, enumerate(units())))
+        objects = list(pool.map(one, enumerate(everything)))
     torch_libraries = Path(torch.__file__).parent / "lib"
-    _run([tool, "-shared", *objects, "-o", str(library), f"-L{torch_libraries}", "-ltorch_cpu"])
+    linker = [cuda, "-ccbin", tool] if cuda else [tool]  # nvcc adds CUDA's runtime
+    _run([*linker, "-shared", *objects, "-o", str(library), f"-L{torch_libraries}", "-ltorch_cpu", "-ldl"])
+
+
+def _version(tool: str) -> str:
+    """What tells a compiler's versions apart: g++ says it in its first line, nvcc in its last."""
+    lines = _run([tool, "--version"]).splitlines()
+    return lines[-1 if Path(tool).name == "nvcc" else 0]
 
 
 def _manifest(library: Path) -> dict:

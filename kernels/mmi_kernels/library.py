@@ -18,6 +18,10 @@ SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 STABLE_ABI = "0x020a000000000000ULL"  # libtorch 2.10, the oldest version the library loads into
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 FLAGS += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]  # loops with floor and min vectorise
+# Compiled for A100 and H100 and, as PTX, for what comes after.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+CUDA_TARGETS = {"sm_80": "compute_80", "sm_90": "compute_90", "compute_90": "compute_90"}
+VALUE_TYPES = ("f32", "f64", "bf16", "f16")  # the CUDA kernels are compiled once for each
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
 INSTRUCTION_SETS = {
@@ -32,7 +36,16 @@ def fingerprint() -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in SOURCES.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
         digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    settings = [STABLE_ABI, FLAGS, INSTRUCTION_SETS, torch.__version__, platform.machine(), sys.platform]
+    settings = [
+        STABLE_ABI,
+        FLAGS,
+        INSTRUCTION_SETS,
+        NVCC_FLAGS,
+        CUDA_TARGETS,
+        torch.__version__,
+        platform.machine(),
+        sys.platform,
+    ]
     digest.update(json.dumps(settings).encode())
     return digest.hexdigest()[:16]
 
@@ -82,7 +95,9 @@ def load() -> bool:
 
 def compiled(device: torch.device) -> bool:
     """Whether the compiled operators run on ``device``; warns once where the reference has to."""
-    if device.type == "cpu" and _State.loaded:
+    if _State.loaded and (
+        device.type == "cpu" or device.type == "cuda" and hasattr(_State.handle, "mmi_device_kernels_f32")
+    ):
         return True
     if not _State.warned:
         _State.warned = True

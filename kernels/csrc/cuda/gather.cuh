@@ -44,7 +44,7 @@ __device__ __forceinline__ void mix(const Arguments<T, A>& p, const Sample<A>& s
 
 // One group a (query, head, piece of its channels).
 template <typename T, typename A, int UNIT, int LEVELS, bool FUSED>
-__global__ void __launch_bounds__(kThreads) gather_forward(const __grid_constant__ Arguments<T, A> p) {
+__global__ void __launch_bounds__(kThreads, UNIT == 1 ? 3 : 4) gather_forward(const __grid_constant__ Arguments<T, A> p) {
   const Group group(p.lanes);
   const int64_t index = int64_t(blockIdx.x) * (kThreads / p.lanes) + threadIdx.x / p.lanes;
   if (index >= p.queries * p.heads * p.pieces) return;
@@ -243,7 +243,7 @@ __device__ __forceinline__ void backward_query(const Arguments<T, A>& p, const G
 
 // One group a (chunk of queries, head): what it adds to the table's gradients has one writer.
 template <typename T, typename A, int UNIT, int LEVELS, bool FUSED>
-__global__ void __launch_bounds__(kThreads) gather_backward(const __grid_constant__ Arguments<T, A> p) {
+__global__ void __launch_bounds__(kThreads, UNIT == 1 ? 2 : 3) gather_backward(const __grid_constant__ Arguments<T, A> p) {
   const Group group(p.lanes);
   const int64_t index = int64_t(blockIdx.x) * (kThreads / p.lanes) + threadIdx.x / p.lanes;
   if (index >= p.chunks * p.heads) return;

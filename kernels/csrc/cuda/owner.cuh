@@ -40,7 +40,7 @@ struct Batch {
 
 // A thread owns one channel of every `threads a channel`-th position of the tile.
 template <typename T, typename A, bool FUSED>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     owner_backward(const __grid_constant__ Arguments<T, A> p, int64_t tiles) {
   const int64_t image = int64_t(blockIdx.x) / tiles / p.heads;
   const int head = int(int64_t(blockIdx.x) / tiles % p.heads);
