@@ -114,6 +114,10 @@ class Feed:
             len(first.step.rows),
         )
 
+    def ready(self) -> bool:
+        """Whether the next share is made, so that ``next`` does not wait."""
+        return bool(self._ahead) and all(pending.done() for pending in self._ahead[0].pending)
+
     def state(self) -> dict[str, Any]:
         """Position after the last share handed over, whatever is made ahead."""
         return self._state

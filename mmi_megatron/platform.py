@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 PRECISIONS = ("fp32", "bf16")
@@ -144,6 +145,38 @@ def synchronize() -> None:
 
     if has_gpu():
         torch.cuda.synchronize()
+
+
+class Upload:
+    """Arrays on their way to the device, on a stream beside the one that computes.
+
+    Args:
+        arrays: NumPy arrays. On a CPU the tensors share their memory.
+    """
+
+    _stream: Any = None
+
+    def __init__(self, arrays: list[np.ndarray]):
+        import torch
+
+        self._tensors = [torch.from_numpy(array) for array in arrays]
+        self._event = None
+        if has_gpu():
+            Upload._stream = Upload._stream or torch.cuda.Stream()
+            with torch.cuda.stream(Upload._stream):
+                pinned = [tensor.pin_memory() for tensor in self._tensors]
+                self._tensors = [tensor.to(device(), non_blocking=True) for tensor in pinned]
+                self._event = Upload._stream.record_event()
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors on the device; what is computed from here on waits for them."""
+        import torch
+
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+            for tensor in self._tensors:
+                tensor.record_stream(torch.cuda.current_stream())
+        return self._tensors
 
 
 def memory_in_use() -> tuple[int, int]:

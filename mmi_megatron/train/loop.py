@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from data_pipeline.batch import IGNORED, Batch
-from data_pipeline.stream import Stream
+from data_pipeline.state import step_checksum
 from data_pipeline.tokens import load_tokenizer
 from mmi_megatron.config import Config
 from mmi_megatron.convert.start import load_start
 from mmi_megatron.model.image_decoder import ImageDecoder
-from mmi_megatron.model.mm_interleaved import Inputs, prepare
+from mmi_megatron.model.mm_interleaved import Inputs
 from mmi_megatron.parallel import groups, schedule
 from mmi_megatron.parallel.model import build_stages
 from mmi_megatron.platform import device
@@ -27,6 +28,7 @@ from mmi_megatron.settings import save_config
 from mmi_megatron.train import checkpoint
 from mmi_megatron.train.anatomy import DATA, OPTIMIZER
 from mmi_megatron.train.checkpoint import Checkpoints, Saved
+from mmi_megatron.train.delivery import Delivered, Delivery
 from mmi_megatron.train.metrics import Meter
 from mmi_megatron.train.optimizer import (
     build_optimizer,
@@ -65,7 +67,7 @@ class Trainer:
         self.config, self.layout, self.out = config, layout, out
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         check_tokenizer(config, self.tokenizer.size)
-        self.stream = Stream(config.data, "train", global_rows=config.train.rows)
+        self.data = Delivery(config, layout.dp_rank, layout.dp_size)
         stages = build_stages(config, self.tokenizer.special)
         if fresh and config.train.init_from:
             load_start(stages, config, out)
@@ -97,7 +99,7 @@ class Trainer:
         extra = checkpoint.load(self.stages, self.optimizer, self.scheduler, newest)
         self.step = extra["step"]
         self.watch.load_state(extra["watch"])
-        self.stream.load_state(extra["data"])
+        self.data.load_state(extra["data"])
         self.meter.resume(self.step)
 
     def run(self, stop_after: int | None = None) -> None:
@@ -140,9 +142,10 @@ class Trainer:
         """One optimizer step; the record of it for the log."""
         started = time.perf_counter()
         with self.watch.part(DATA):
-            batches = self._next_batches()
-            inputs = [self._prepare(batch) for batch in batches]
-        counts = self._count(self.watch.reading(batches))
+            delivered = self.data.next()
+            inputs = self._prepare(delivered)
+        counts = self._count(self.watch.reading(delivered.batches))
+        checksum = self._checksum(delivered)
         waited = time.perf_counter() - started
 
         for stage in self.stages:
@@ -150,6 +153,7 @@ class Trainer:
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = self._pass(inputs, counts)
+        self.data.ahead()
         with self.watch.part(OPTIMIZER):
             norm, skipped = finish(self.stages, self.optimizer)
             if not skipped:
@@ -167,7 +171,8 @@ class Trainer:
             "tokens": counts.tokens,
             "images": counts.images,
             "images_out_of_reach": sum(item.out_of_reach for item in inputs),
-            "quarantined": len(self.stream.ledger),
+            "quarantined": delivered.note["quarantined"],
+            "data_checksum": checksum,
             "seconds": seconds,
             "data_wait": waited / seconds,
             "tokens_per_second": self.config.train.rows * self.config.data.context_length / seconds,
@@ -185,21 +190,21 @@ class Trainer:
             self.step,
         )
 
-    def _next_batches(self) -> list[Batch]:
-        train, layout = self.config.train, self.layout
-        step = self.stream.next()
-        count = train.rows // (layout.dp_size * train.micro_rows)
-        return step.batches(layout.dp_rank, layout.dp_size, train.micro_rows, count)
+    def _prepare(self, delivered: Delivered) -> list[Inputs]:
+        return delivered.inputs(self.tokenizer.special, self.config.model)
 
-    def _prepare(self, batch: Batch) -> Inputs:
-        return prepare(batch, self.tokenizer.special, self.config.model, device())
-
-    def _count(self, batches: list[Batch]) -> Counts:
+    def _count(self, batches: Sequence[Batch]) -> Counts:
         """Kept tokens and drawn images of the step, from the rows that were really produced."""
         tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
         images = sum(len(batch.drawn) for batch in batches)
         summed = self._sum([torch.tensor(float(tokens)), torch.tensor(float(images))])
         return Counts(int(summed[0]), int(summed[1]))
+
+    def _checksum(self, delivered: Delivered) -> int:
+        """Of all samples of the step, the same at any layout: for an audit of what was trained on."""
+        rows = torch.zeros(delivered.note["step_rows"], dtype=torch.float64)
+        rows[delivered.note["rows"]] = torch.tensor(delivered.note["checksums"], dtype=torch.float64)
+        return step_checksum([int(value) for value in self._sum(list(rows))])
 
     def _sum(self, values: list[Tensor]) -> list[float]:
         """Sums over the data-parallel ranks, in float64 so that counts stay exact."""
@@ -228,15 +233,10 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Held-out losses of every source, with the same noise each time."""
         self._evaluating()
-        train, layout, results = self.config.train, self.layout, {}
+        results = {}
         for source in self.config.data.sources:
-            batches = list(
-                self.stream.validation_batches(
-                    source.name, train.validate_documents, train.micro_rows, layout.dp_rank, layout.dp_size
-                )
-            )
-            counts = self._count(batches)
-            inputs = [self._prepare(batch) for batch in batches]
+            delivered = self.data.validation(source.name)
+            counts, inputs = self._count(delivered.batches), self._prepare(delivered)
             tokens, images = self._sum_losses(schedule.evaluate(self.stages, inputs, VALIDATION_SEED, 0))
             results[f"{source.name}/next_token_loss"] = tokens / max(counts.tokens, 1)
             results[f"{source.name}/next_image_loss"] = images / max(counts.images, 1)
@@ -248,21 +248,23 @@ class Trainer:
         if not self.config.model.loss.next_image or train.sample_documents == 0:
             return
         self._evaluating()
-        batch = self.stream.row_of(self.stream.heldout_documents(train.sample_documents))
-        seeds = list(range(len(batch.drawn)))
+        delivered = self.data.heldout(train.sample_documents)
+        ((_, true),) = delivered.pixels
+        seeds = list(range(len(true)))
         draw = partial(model.draw_from, steps=train.sample_steps, guidance=train.guidance, seeds=seeds)
         with nullcontext() if self.decoder is None else self.decoder.averaged():
-            drawn = schedule.read(self.stages, self._prepare(batch), draw)
+            drawn = schedule.read(self.stages, self._prepare(delivered)[0], draw)
         first = self.layout.tp_rank == 0 and self.layout.dp_rank == 0
-        if drawn is not None and first and len(batch.drawn):
-            save_strip(self.out / "samples" / f"step_{self.step:07d}.png", batch.drawn, drawn.cpu().numpy())
+        if drawn is not None and first and len(true):
+            path = self.out / "samples" / f"step_{self.step:07d}.png"
+            save_strip(path, true.cpu().numpy(), drawn.cpu().numpy())
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step, unless there is one."""
         if self.checkpoints.last == self.step:
             return
         gather_parameters(self.stages)
-        extra = {"step": self.step, "data": self.stream.state(), "watch": self.watch.state()}
+        extra = {"step": self.step, "data": self.data.state(), "watch": self.watch.state()}
         self._saved(self.checkpoints.save(self.stages, self.optimizer, self.scheduler, extra, step=self.step))
 
     def _saved(self, saved: Saved | None) -> None:
@@ -300,8 +302,9 @@ def train(config: Config, out: Path, resume: bool = False, stop_after: int | Non
             save_config(config, out / "config.yaml")
         resume = resume and checkpoint.latest(out / "checkpoints") is not None
         trainer = Trainer(config, layout, out, fresh=not resume)
-        if resume:
-            trainer.resume()
-        trainer.run(stop_after)
+        with closing(trainer.data):
+            if resume:
+                trainer.resume()
+            trainer.run(stop_after)
     finally:
         groups.destroy()

@@ -33,6 +33,7 @@ FIELDS = {
     "images": "drawn images",
     "images_out_of_reach": "on this rank, images too far back for the relative table",
     "quarantined": "samples left out so far because they could not be read",
+    "data_checksum": "CRC-32 of all samples of the step, the same at any layout",
     "seconds": "wall time of the step",
     "data_wait": "share of it spent waiting for data",
     "tokens_per_second": "positions of all rows a second, padding included",

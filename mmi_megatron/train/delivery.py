@@ -1,0 +1,290 @@
+"""Batches from the data pipeline to the ranks that work on them.
+
+Of each replica of the model one rank asks: tensor rank 0 of the first pipeline stage. It alone holds the
+index and has anything decoded. What a batch says of itself (kilobytes) goes to all ranks of the replica;
+the pixels of the input images only to the stage that encodes them, those of the drawn images only to the
+stage that draws them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from data_pipeline.batch import Batch
+from data_pipeline.feed import Division, Feed, Share
+from data_pipeline.rows import SpecialTokens
+from data_pipeline.stream import Stream
+from mmi_megatron.config import Config, ModelConfig
+from mmi_megatron.model.mm_interleaved import Inputs, prepare
+from mmi_megatron.platform import Upload, device, has_gpu
+
+PIXELS = ("images", "drawn")
+"""The fields of a batch that not all ranks get."""
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """Micro-batches as a rank has them.
+
+    Attributes:
+        batches: the micro-batches; their pixels are in ``pixels``, here these have no size.
+        pixels: of each, uint8 [I, 3, h, w] and [J, 3, H, W] on the device; no size where they are not
+            this stage's.
+        note: what the asking rank says with them, as JSON values.
+    """
+
+    batches: list[Batch]
+    pixels: list[tuple[Tensor, Tensor]]
+    note: dict[str, Any] = field(default_factory=dict)
+
+    def inputs(self, special: SpecialTokens, config: ModelConfig) -> list[Inputs]:
+        """The micro-batches as the model takes them."""
+        return [
+            replace(prepare(batch, special, config, device()), images=images, drawn=drawn)
+            for batch, (images, drawn) in zip(self.batches, self.pixels, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank stands in its replica; ranks are global ones.
+
+    Attributes:
+        replica, tensor, pipeline: its groups; ``asking`` is the rank of the replica that asks.
+        first, last: whether it is in the first and in the last stage.
+        across: the ranks between which drawn images pass, or None with one stage.
+    """
+
+    replica: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    asking: int
+    first: bool
+    last: bool
+    across: tuple[int, int] | None
+
+    @classmethod
+    def here(cls) -> Place:
+        """This rank's place in Megatron's groups."""
+        replica = parallel_state.get_model_parallel_group()
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        pipeline = parallel_state.get_pipeline_model_parallel_group()
+        ranks = dist.get_process_group_ranks(pipeline)
+        return cls(
+            replica,
+            parallel_state.get_tensor_model_parallel_group(),
+            pipeline,
+            dist.get_process_group_ranks(replica)[0],
+            stage == 0,
+            stage == stages - 1,
+            (ranks[0], ranks[-1]) if stages > 1 else None,
+        )
+
+    @property
+    def asks(self) -> bool:
+        """Whether this rank asks for the replica's batches."""
+        return dist.get_rank() == self.asking
+
+
+class Delivery:
+    """The data of a run on this rank.
+
+    Args:
+        config: the run.
+        dp_rank, dp_size: which of how many replicas. Process groups must be up.
+
+    Raises:
+        DataError: on the rank that asks, when the data cannot be opened.
+    """
+
+    def __init__(self, config: Config, dp_rank: int, dp_size: int):
+        train = config.train
+        self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
+        self.place = Place.here()
+        self.feed: Feed | None = None
+        self._state: dict[str, Any] = {}
+        self._early: tuple[Share, list[Upload]] | None = None
+        if self.place.asks:
+            count = train.rows // (dp_size * train.micro_rows)
+            stream = Stream(config.data, "train", global_rows=train.rows)
+            self.feed = Feed(stream, Division(dp_rank, dp_size, train.micro_rows, count))
+            self._state = self.feed.state()
+
+    def next(self) -> Delivered:
+        """The micro-batches of the next step; every rank of the replica must call it.
+
+        Its ``note``: ``rows`` and ``checksums`` (numbers and checksums of its rows in the step),
+        ``step_rows``, ``quarantined`` (bad samples so far), ``state`` (the position after it).
+        """
+        if self.feed is None:
+            delivered = receive(self.place)
+        else:
+            share, uploads = self._early or self._take()
+            self._early = None
+            note = {
+                "rows": share.rows,
+                "checksums": share.checksums.tolist(),
+                "step_rows": share.step_rows,
+                "quarantined": len(self.feed.stream.ledger),
+                "state": share.state,
+            }
+            delivered = send(self.place, share.batches, note, uploads)
+        self._state = delivered.note["state"]
+        return delivered
+
+    def ahead(self) -> None:
+        """Start to copy the next step's pixels to the device, if they are made already.
+
+        To be called while the device is busy with this step; where there is no GPU nothing happens.
+        """
+        if self._early is None and self.feed is not None and has_gpu() and self.feed.ready():
+            self._early = self._take()
+
+    def state(self) -> dict[str, Any]:
+        """Position after the last step delivered, for a checkpoint; the same on all ranks of the replica."""
+        return self._state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises:
+            ResumeError: on the rank that asks; see ``Stream.load_state``.
+        """
+        self._early, self._state = None, state
+        if self.feed is not None:
+            self.feed.load_state(state)
+
+    def validation(self, source: str) -> Delivered:
+        """This replica's part of the held-out documents of a source; called by every rank of it."""
+        if self.feed is None:
+            return receive(self.place)
+        train = self.config.train
+        batches = self.feed.validation_batches(
+            source, train.validate_documents, train.micro_rows, self.dp_rank, self.dp_size
+        )
+        return send(self.place, batches)
+
+    def heldout(self, documents: int) -> Delivered:
+        """Held-out documents of the first source as one batch, a row each; called by every rank."""
+        if self.feed is None:
+            return receive(self.place)
+        stream = self.feed.stream
+        return send(self.place, [stream.row_of(stream.heldout_documents(documents))])
+
+    def close(self) -> None:
+        """End the workers."""
+        if self.feed is not None:
+            self.feed.close()
+
+    def _take(self) -> tuple[Share, list[Upload]]:
+        assert self.feed is not None
+        share = self.feed.next()
+        return share, [Upload([batch.images, batch.drawn]) for batch in share.batches]
+
+
+def send(
+    place: Place,
+    batches: Sequence[Batch],
+    note: dict[str, Any] | None = None,
+    uploads: list[Upload] | None = None,
+) -> Delivered:
+    """Give micro-batches to this rank's replica (on the rank that asks; ``receive`` on all others).
+
+    Args:
+        place: this rank's.
+        batches: the micro-batches, with all pixels.
+        note: JSON values to go with them.
+        uploads: of each, its images and its drawn images, if they are on their way already.
+    """
+    described = [
+        {f.name: [getattr(batch, f.name).dtype.str, getattr(batch, f.name).shape] for f in fields(batch)}
+        for batch in batches
+    ]
+    words = json.dumps({"batches": described, "note": note or {}}).encode()
+    arrays = [getattr(batch, f.name) for batch in batches for f in fields(batch) if f.name not in PIXELS]
+    body = b"".join([words, *(array.tobytes() for array in arrays)])
+    if dist.get_world_size(place.replica) > 1:
+        dist.broadcast(torch.tensor([len(words), len(body)], device=device()), place.asking, place.replica)
+        _broadcast(torch.frombuffer(bytearray(body), dtype=torch.uint8), place.asking, place.replica)
+    uploads = uploads or [Upload([batch.images, batch.drawn]) for batch in batches]
+    pixels = []
+    for upload in uploads:
+        images, drawn = upload.tensors()
+        pixels.append((_deliver_images(place, images), _deliver_drawn(place, drawn)))
+    return Delivered([_without_pixels(batch) for batch in batches], pixels, note or {})
+
+
+def receive(place: Place) -> Delivered:
+    """Take the micro-batches that ``send`` gives."""
+    sizes = torch.zeros(2, dtype=torch.long, device=device())
+    dist.broadcast(sizes, place.asking, place.replica)
+    head, total = sizes.tolist()
+    body = _broadcast(torch.empty(total, dtype=torch.uint8), place.asking, place.replica).cpu().numpy()
+    described = json.loads(body[:head].tobytes())
+    at, batches, pixels = head, [], []
+    for given in described["batches"]:
+        arrays = {}
+        for name, (dtype, shape) in given.items():
+            if name in PIXELS:
+                arrays[name] = np.empty((shape[0], 3, 0, 0), np.uint8)
+                continue
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            arrays[name] = body[at : at + size].view(dtype).reshape(shape).copy()
+            at += size
+        batches.append(Batch(**arrays))
+        empty = [_nothing(given[name][1]) for name in PIXELS]
+        pixels.append((_deliver_images(place, empty[0]), _deliver_drawn(place, empty[1])))
+    return Delivered(batches, pixels, described["note"])
+
+
+def _deliver_images(place: Place, images: Tensor) -> Tensor:
+    """Input images to all ranks of the first stage; without size elsewhere."""
+    if not place.first:
+        return images.new_empty(len(images), 3, 0, 0)
+    return _to_tensor_peers(place, images)
+
+
+def _deliver_drawn(place: Place, drawn: Tensor) -> Tensor:
+    """Drawn images to all ranks of the last stage; without size elsewhere."""
+    if place.across is not None and drawn.numel():
+        first, last = place.across
+        tensor_first = dist.get_process_group_ranks(place.tensor)[0] == dist.get_rank()
+        if tensor_first and dist.get_rank() == first:
+            dist.send(drawn, last, place.pipeline)
+        if tensor_first and dist.get_rank() == last:
+            dist.recv(drawn, first, place.pipeline)
+    if not place.last:
+        return drawn.new_empty(len(drawn), 3, 0, 0)
+    return _to_tensor_peers(place, drawn)
+
+
+def _to_tensor_peers(place: Place, pixels: Tensor) -> Tensor:
+    peers = dist.get_process_group_ranks(place.tensor)
+    if len(peers) > 1 and pixels.numel():
+        dist.broadcast(pixels, peers[0], place.tensor)
+    return pixels
+
+
+def _broadcast(data: Tensor, source: int, group: dist.ProcessGroup) -> Tensor:
+    data = data.to(device())
+    dist.broadcast(data, source, group)
+    return data
+
+
+def _nothing(shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=torch.uint8, device=device())
+
+
+def _without_pixels(batch: Batch) -> Batch:
+    images, drawn = (np.empty((len(getattr(batch, name)), 3, 0, 0), np.uint8) for name in PIXELS)
+    return replace(batch, images=images, drawn=drawn)
