@@ -242,6 +242,77 @@ def peak_flops() -> tuple[float, str] | None:
     return next(((peak, name) for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
+def synchronize() -> None:
+    """Wait for everything that the device of this process has been given to do."""
+    import torch
+
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def memory_in_use() -> tuple[int, int]:
+    """Bytes of this process' tensors on its GPU, and the most since ``reset_peak_memory``. On a CPU both
+    are the memory of the whole process."""
+    import psutil
+    import torch
+
+    if has_gpu():
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    resident = psutil.Process().memory_info().rss
+    return resident, resident
+
+
+def reset_peak_memory() -> None:
+    """Count the most memory in use from here on."""
+    import torch
+
+    if has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_report() -> dict[str, float]:
+    """What is known about memory, in bytes: of the GPU by torch's allocator, of this process, of the
+    machine."""
+    import psutil
+    import torch
+
+    machine = psutil.virtual_memory()
+    report = {
+        "process_resident": psutil.Process().memory_info().rss,
+        "machine_total": machine.total,
+        "machine_available": machine.available,
+    }
+    if has_gpu():
+        stats, (free, total) = torch.cuda.memory_stats(), torch.cuda.mem_get_info()
+        for name in ("allocated_bytes", "reserved_bytes", "active_bytes", "inactive_split_bytes"):
+            report |= {f"gpu_{name}_{when}": stats[f"{name}.all.{when}"] for when in ("current", "peak")}
+        report |= {"gpu_free": free, "gpu_total": total}
+        report |= {f"gpu_{name}": stats[name] for name in ("num_alloc_retries", "num_ooms")}
+    return report
+
+
+PEAK_FLOPS = {
+    "H200": 989.4e12,  # NVIDIA H200 data sheet: BF16 tensor core 1,979 TFLOP/s with sparsity, half dense
+    "H100 PCIe": 756e12,  # NVIDIA H100 data sheet (2023), PCIe column: 1,513 with sparsity
+    "H100 NVL": 835.5e12,  # the same, NVL column a GPU: 1,671 with sparsity
+    "H100": 989.4e12,  # the same, SXM column: 1,979 with sparsity
+    "A100": 312e12,  # NVIDIA A100 data sheet: BF16 tensor core, dense
+    "L40S": 362.05e12,  # NVIDIA L40S data sheet: BF16 tensor core, dense
+}
+"""Dense bf16 operations a second of a GPU, by a part of its name; the first that fits."""
+
+
+def peak_flops() -> tuple[float, str] | None:
+    """The denominator of model FLOPs utilisation: dense bf16 operations a second of this process'
+    device, and its name; None where no table has it (CPUs, other GPUs)."""
+    import torch
+
+    if not has_gpu():
+        return None
+    name = torch.cuda.get_device_name()
+    return next(((peak, name) for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
 def init_process_group(timeout: int) -> None:
     """Join the world described by torchrun's environment variables.
 
