@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmi_megatron.convert import export
-from mmi_megatron.convert.conversion import write
+from mmi_megatron.convert.conversion import Conversion, Sources, matched, write
 from mmi_megatron.convert.families import Options, conversion
 from mmi_megatron.convert.released import language_layers, visual_tokenizer
 from mmi_megatron.convert.rules import ConvertError
 from mmi_megatron.convert.sharded import Layout, Stored
+from mmi_megatron.convert.source import Source
 from mmi_megatron.train.storage import Folder
 from tests import released_checkpoint
 
@@ -31,11 +33,16 @@ def release(tmp_path_factory) -> tuple[Path, dict[str, Tensor], Options]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(release, tmp_path_factory) -> tuple[Path, list]:
-    """The same converted, and the report's rows."""
+def plan(release) -> Conversion:
     folder, _, options = release
+    return conversion("released", folder, options)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(plan, tmp_path_factory) -> tuple[Path, list]:
+    """The same converted, and the report's rows."""
     out = tmp_path_factory.mktemp("checkpoint") / "out"
-    return out, write(conversion("released", folder, options), out, Layout(2, 2)).rows
+    return out, write(plan, out, Layout(2, 2)).rows
 
 
 def test_every_key_has_its_place(release, checkpoint):
@@ -84,10 +91,10 @@ def test_parts_of_it_go_to_other_programs(release, checkpoint, tmp_path):
         assert torch.equal(tensor.bfloat16(), state[f"image_decoder.decoder.unet.{name}"].bfloat16()), name
 
 
-def test_the_checkpoint_holds_what_the_builders_build(release, checkpoint):
+def test_the_checkpoint_holds_what_the_builders_build(release, plan, checkpoint):
     """Against the modules that are built from the release's state dicts one by one."""
-    _, state, options = release
-    stored = Stored(Folder(str(checkpoint[0])), conversion("released", release[0], options).language)
+    _, state, _ = release
+    stored = Stored(Folder(str(checkpoint[0])), plan.language)
     prefix = "visual_tokenizer."
     clip = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 24, "num_attention_heads": 4}
     clip |= {"patch_size": 14, "image_size": 224}
@@ -120,16 +127,15 @@ def test_the_checkpoint_holds_what_the_builders_build(release, checkpoint):
     assert count > 1000
 
 
-def test_another_image_size(release, tmp_path):
+def test_another_image_size(release):
     folder, state, options = release
     wide = Options(preset=options.preset, image_size=448)
     plan = conversion("released", folder, wide)
     assert plan.settings["vision"]["image_size"] == 448
-    rows = write(plan, tmp_path / "out", Layout()).rows
-    assert [row.how for row in rows if row.ours.endswith("vit.pos_embed")] == [
-        "16 x 16 positions resized to 32 x 32"
-    ]
-    stored = Stored(Folder(str(tmp_path / "out")), plan.language)["visual_tokenizer.vit.pos_embed"]
+    (row,) = [row for row in matched(plan).rows if row.ours.endswith("vit.pos_embed")]
+    assert row.how == "16 x 16 positions resized to 32 x 32"
+    (rule,) = [rule for rule in plan.table.rules if rule.ours == row.ours]
+    stored = rule.load([state[name] for name in rule.theirs])
     there = state["visual_tokenizer.encoder.vision_model.embeddings.position_embedding.weight"]
     assert stored.shape == (1, 1 + 32 * 32, 64)
     assert torch.equal(stored[0, 0], there[0])
@@ -151,13 +157,14 @@ def test_another_image_size(release, tmp_path):
         (lambda s: s["text_decoder.head.weight"][-1].add_(1), "rows of the 2 image tokens are not zero"),
     ],
 )
-def test_what_is_not_the_release_is_refused(release, tmp_path, edit, words):
-    _, state, options = release
+def test_what_is_not_the_release_is_refused(release, plan, tmp_path, edit, words):
+    _, state, _ = release
     changed = {name: tensor.clone() for name, tensor in state.items()}
     edit(changed)
     torch.save(changed, tmp_path / "in.bin")
     with pytest.raises(ConvertError, match=words):
-        write(conversion("released", tmp_path / "in.bin", options), tmp_path / "out", Layout())
+        changed_plan = replace(plan, source=Sources({"": Source(tmp_path / "in.bin")}))
+        write(changed_plan, tmp_path / "out", Layout())
     assert [path.name for path in tmp_path.iterdir()] == ["in.bin"]
 
 

@@ -55,6 +55,9 @@ class Sources(Mapping[str, Tensor]):
         source, old = self._of[name]
         return source[old]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._of  # the inherited one would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)
 

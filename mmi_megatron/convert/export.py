@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Checkpoint:
     dtype: torch.dtype | None = None
     average: bool = True
 
-    @property
+    @cached_property
     def averaged(self) -> bool:
         """Whether there are averages, and they are wanted."""
         updates = f"{AVERAGE}updates"

@@ -329,6 +329,9 @@ class Stored(Mapping[str, Tensor]):
             self._last = key, rule.part([self._whole(key)])
         return self._last[1][number].contiguous()
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.like  # the inherited one would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.like)
 

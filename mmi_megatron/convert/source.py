@@ -83,6 +83,9 @@ class Source(Mapping[str, Tensor]):
         tensor = opened[name] if isinstance(opened, dict) else opened.get_tensor(name)
         return tensor.clone(memory_format=torch.contiguous_format)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.like  # the inherited one would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.like)
 
