@@ -148,10 +148,10 @@ def synchronize() -> None:
 
 
 class Upload:
-    """Arrays on their way to the device, on a stream beside the one that computes.
+    """Arrays of bytes on their way to the device, on a stream beside the one that computes.
 
     Args:
-        arrays: NumPy arrays. On a CPU the tensors share their memory.
+        arrays: uint8 NumPy arrays. On a CPU the tensors share their memory, if it may be written to.
     """
 
     _stream: Any = None
@@ -159,14 +159,17 @@ class Upload:
     def __init__(self, arrays: list[np.ndarray]):
         import torch
 
-        self._tensors = [torch.from_numpy(array) for array in arrays]
         self._event = None
-        if has_gpu():
-            Upload._stream = Upload._stream or torch.cuda.Stream()
-            with torch.cuda.stream(Upload._stream):
-                pinned = [tensor.pin_memory() for tensor in self._tensors]
-                self._tensors = [tensor.to(device(), non_blocking=True) for tensor in pinned]
-                self._event = Upload._stream.record_event()
+        if not has_gpu():
+            self._tensors = [torch.from_numpy(a if a.flags.writeable else a.copy()) for a in arrays]
+            return
+        Upload._stream = Upload._stream or torch.cuda.Stream()
+        with torch.cuda.stream(Upload._stream):
+            pinned = [torch.empty(a.shape, dtype=torch.uint8, pin_memory=True) for a in arrays]
+            for tensor, array in zip(pinned, arrays, strict=True):
+                tensor.numpy()[...] = array
+            self._tensors = [tensor.to(device(), non_blocking=True) for tensor in pinned]
+            self._event = Upload._stream.record_event()
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensors on the device; what is computed from here on waits for them."""
@@ -177,77 +180,6 @@ class Upload:
             for tensor in self._tensors:
                 tensor.record_stream(torch.cuda.current_stream())
         return self._tensors
-
-
-def memory_in_use() -> tuple[int, int]:
-    """Bytes of this process' tensors on its GPU, and the most since ``reset_peak_memory``. On a CPU both
-    are the memory of the whole process."""
-    import psutil
-    import torch
-
-    if has_gpu():
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    resident = psutil.Process().memory_info().rss
-    return resident, resident
-
-
-def reset_peak_memory() -> None:
-    """Count the most memory in use from here on."""
-    import torch
-
-    if has_gpu():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def memory_report() -> dict[str, float]:
-    """What is known about memory, in bytes: of the GPU by torch's allocator, of this process, of the
-    machine."""
-    import psutil
-    import torch
-
-    machine = psutil.virtual_memory()
-    report = {
-        "process_resident": psutil.Process().memory_info().rss,
-        "machine_total": machine.total,
-        "machine_available": machine.available,
-    }
-    if has_gpu():
-        stats, (free, total) = torch.cuda.memory_stats(), torch.cuda.mem_get_info()
-        for name in ("allocated_bytes", "reserved_bytes", "active_bytes", "inactive_split_bytes"):
-            report |= {f"gpu_{name}_{when}": stats[f"{name}.all.{when}"] for when in ("current", "peak")}
-        report |= {"gpu_free": free, "gpu_total": total}
-        report |= {f"gpu_{name}": stats[name] for name in ("num_alloc_retries", "num_ooms")}
-    return report
-
-
-PEAK_FLOPS = {
-    "H200": 989.4e12,  # NVIDIA H200 data sheet: BF16 tensor core 1,979 TFLOP/s with sparsity, half dense
-    "H100 PCIe": 756e12,  # NVIDIA H100 data sheet (2023), PCIe column: 1,513 with sparsity
-    "H100 NVL": 835.5e12,  # the same, NVL column a GPU: 1,671 with sparsity
-    "H100": 989.4e12,  # the same, SXM column: 1,979 with sparsity
-    "A100": 312e12,  # NVIDIA A100 data sheet: BF16 tensor core, dense
-    "L40S": 362.05e12,  # NVIDIA L40S data sheet: BF16 tensor core, dense
-}
-"""Dense bf16 operations a second of a GPU, by a part of its name; the first that fits."""
-
-
-def peak_flops() -> tuple[float, str] | None:
-    """The denominator of model FLOPs utilisation: dense bf16 operations a second of this process'
-    device, and its name; None where no table has it (CPUs, other GPUs)."""
-    import torch
-
-    if not has_gpu():
-        return None
-    name = torch.cuda.get_device_name()
-    return next(((peak, name) for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def synchronize() -> None:
-    """Wait for everything that the device of this process has been given to do."""
-    import torch
-
-    if has_gpu():
-        torch.cuda.synchronize()
 
 
 def memory_in_use() -> tuple[int, int]:
