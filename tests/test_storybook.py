@@ -105,7 +105,6 @@ def test_digits_and_backgrounds_can_be_told_apart_in_the_picture():
                 assert np.abs(corners[first] - corners[second]).sum() > 600
     colours = np.array(list(BACKGROUNDS.values()))
     distances = np.abs(colours[:, None] - colours[None]).sum(-1) + 1000 * np.eye(len(colours))
-    # The papers are pale on purpose: what no text announces should not outweigh the shape.
     assert distances.min() >= 40
 
 
