@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from data_pipeline.batch import Batch
 from data_pipeline.executors import Executor, Setup, make_executor
+from data_pipeline.settings import DataSettings
 from data_pipeline.state import step_checksum
 from data_pipeline.stream import Step, Stream
 from data_pipeline.task import Produced, Task
+
+if TYPE_CHECKING:
+    from data_pipeline.ray_service import RemoteFeed
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Share:
         rows: numbers of their rows in the step, in the order they come.
         checksums: uint32, of each of these rows.
         step_rows: rows of the whole step.
+        quarantined: bad samples met so far.
+        pixels: of each batch, where they are, with an executor that leaves them elsewhere.
     """
 
     number: int
@@ -49,6 +55,8 @@ class Share:
     rows: list[int]
     checksums: np.ndarray
     step_rows: int
+    quarantined: int = 0
+    pixels: list[Any] = field(default_factory=list)
 
     def spread(self) -> np.ndarray:
         """The checksums at their rows' places in the step, 0 elsewhere: float64 [step_rows], which
@@ -83,6 +91,7 @@ class Feed:
         self.division = division
         self.executor = executor or make_executor(setup_of(stream))
         self._ahead: deque[_Ahead] = deque()
+        self._last: _Ahead | None = None
         self._state = stream.state()
 
     def __enter__(self) -> Self:
@@ -102,6 +111,7 @@ class Feed:
         first = self._ahead[0]
         made = [self.stream.record(pending.result()) for pending in first.pending]
         self._ahead.popleft()
+        self._last = first
         self._state = first.step.state
         if self.executor.runs_ahead:
             self._fill()
@@ -112,6 +122,8 @@ class Feed:
             [row for group in first.groups for row in group],
             np.concatenate([produced.checksums for produced in made]),
             len(first.step.rows),
+            len(self.stream.ledger),
+            [produced.pixels for produced in made],
         )
 
     def ready(self) -> bool:
@@ -124,21 +136,37 @@ class Feed:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken; see ``Stream.load_state``."""
-        self._drop()
+        self.drop()
         self.stream.load_state(state)
         self._state = self.stream.state()
+
+    def again(self, index: int) -> Produced:
+        """Have a micro-batch of the last share made once more: its pixels were lost on the way."""
+        assert self._last is not None
+        return self.executor.submit(self._last.step.task(self._last.groups[index])).result()
+
+    def heldout(self, documents: int) -> Batch:
+        """Held-out documents of the first source, a row each; see ``Stream.heldout_documents``."""
+        return self.stream.row_of(self.stream.heldout_documents(documents))
+
+    def validation(
+        self, source: str | int, documents: int, rows_per_micro_batch: int, rank: int = 0, ranks: int = 1
+    ) -> list[Produced]:
+        """What ``validation_batches`` gives, as the executor made it."""
+        tasks = self.stream.validation_tasks(source, documents, rows_per_micro_batch, rank, ranks)
+        pending = [self.executor.submit(task) for task in tasks]
+        return [self.stream.record(future.result()) for future in pending]
 
     def validation_batches(
         self, source: str | int, documents: int, rows_per_micro_batch: int, rank: int = 0, ranks: int = 1
     ) -> list[Batch]:
         """Held-out documents, made by the executor; see ``Stream.validation_tasks``."""
-        tasks = self.stream.validation_tasks(source, documents, rows_per_micro_batch, rank, ranks)
-        pending = [self.executor.submit(task) for task in tasks]
-        return [self.stream.record(future.result()).batch for future in pending]
+        made = self.validation(source, documents, rows_per_micro_batch, rank, ranks)
+        return [produced.batch for produced in made]
 
     def close(self) -> None:
         """Stop making; give back the workers."""
-        self._drop()
+        self.drop()
         self.executor.close()
 
     def _fill(self) -> None:
@@ -156,11 +184,25 @@ class Feed:
             pending = [self.executor.submit(task) for task in tasks]
             self._ahead.append(_Ahead(step, groups, sum(task.nbytes for task in tasks), pending))
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
+        """Forget what is made ahead."""
         for ahead in self._ahead:
             for pending in ahead.pending:
                 pending.cancel()
         self._ahead.clear()
+
+
+def open_feed(settings: DataSettings, division: Division, global_rows: int) -> Feed | RemoteFeed:
+    """A rank's feed of the training split; with ``data.executor=ray`` from its node's feeder.
+
+    Raises:
+        DataError: when the data cannot be opened.
+    """
+    if settings.executor == "ray":
+        from data_pipeline.ray_service import RemoteFeed
+
+        return RemoteFeed(settings, division, global_rows)
+    return Feed(Stream(settings, "train", global_rows), division)
 
 
 def setup_of(stream: Stream) -> Setup:

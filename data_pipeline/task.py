@@ -7,7 +7,8 @@ again elsewhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -79,9 +80,21 @@ class Produced:
         checksums: uint32 [R], of what each row holds; see ``state.row_checksums``.
         failures: the bad samples.
         seen: samples looked at, by source.
+        pixels: with an executor that leaves them elsewhere: where the batch's images and drawn images
+            are; the batch's own have no size then.
     """
 
     batch: Batch
     checksums: np.ndarray
     failures: Sequence[Failure]
     seen: dict[str, int]
+    pixels: Any = None
+
+    def without_pixels(self) -> Produced:
+        """The same, images and drawn images left out."""
+        nothing = np.empty((0, 3, 0, 0), np.uint8)
+        return replace(self, batch=replace(self.batch, images=nothing, drawn=nothing))
+
+    def with_pixels(self, images: np.ndarray, drawn: np.ndarray) -> Produced:
+        """The same, these put in."""
+        return replace(self, batch=replace(self.batch, images=images, drawn=drawn), pixels=None)

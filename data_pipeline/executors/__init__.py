@@ -7,7 +7,7 @@ is the plan's, so it is the same with any executor, any number of workers, and w
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from data_pipeline.errors import DataError
@@ -65,6 +65,25 @@ class Executor(Protocol):
         ...
 
 
+@dataclass(eq=False)
+class Job:
+    """A task, its future, and how many workers were lost on it."""
+
+    task: Task
+    future: Future[Produced] = field(default_factory=Future)
+    lost: int = 0
+
+
+def settle(job: Job, outcome: Produced | BaseException) -> None:
+    """Fulfil a job's future, unless it has been cancelled."""
+    if not job.future.set_running_or_notify_cancel():
+        return
+    if isinstance(outcome, BaseException):
+        job.future.set_exception(outcome)
+    else:
+        job.future.set_result(outcome)
+
+
 class Inline:
     """In the caller, when it asks."""
 
@@ -105,7 +124,7 @@ class Threads:
 
 
 def make_executor(setup: Setup) -> Executor:
-    """The executor that ``data.executor`` names.
+    """The executor that ``data.executor`` names; for ``ray``, this process must be part of a cluster.
 
     Raises:
         DataError: when it cannot be started.

@@ -16,13 +16,12 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import send_handle
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from data_pipeline.executors import ATTEMPTS, Setup
+from data_pipeline.executors import ATTEMPTS, Job, Setup, settle
 from data_pipeline.executors.blocks import Block, Blocks
 from data_pipeline.task import Produced, Task
 
@@ -33,15 +32,6 @@ PATIENCE = 2.0
 """Seconds that workers have to end by themselves."""
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class Job:
-    """A task, its future, and how many workers were lost on it."""
-
-    task: Task
-    future: Future[Produced] = field(default_factory=Future)
-    lost: int = 0
 
 
 class Worker:
@@ -203,12 +193,10 @@ class Processes:
         worker.job, worker.block, worker.deadline = None, None, float("inf")
         if isinstance(answer, BaseException):
             self.blocks.give(block)
-            _settle(job, answer)
+            settle(job, answer)
             return
         produced, images, drawn = answer
-        pixels = self.blocks.arrays(block, images, drawn)
-        batch = replace(produced.batch, images=pixels[0], drawn=pixels[1])
-        _settle(job, replace(produced, batch=batch))
+        settle(job, produced.with_pixels(*self.blocks.arrays(block, images, drawn)))
 
     def _replace(self, number: int, why: str) -> None:
         """Start a worker in place of a lost one, and ask its task again."""
@@ -228,7 +216,7 @@ class Processes:
                 with self.lock:
                     self.waiting.appendleft(job)
             else:
-                _settle(job, DataError(f"{ATTEMPTS} data workers were lost on {job.task}: the last {why}"))
+                settle(job, DataError(f"{ATTEMPTS} data workers were lost on {job.task}: the last {why}"))
         self.workers[number] = Worker(self.setup)
 
     def _fail(self, error: BaseException) -> None:
@@ -238,14 +226,4 @@ class Processes:
             jobs = [*self.waiting, *(worker.job for worker in self.workers if worker.job is not None)]
             self.waiting.clear()
         for job in jobs:
-            _settle(job, error)
-
-
-def _settle(job: Job, outcome: Produced | BaseException) -> None:
-    """Fulfil a future that nobody has cancelled."""
-    if not job.future.set_running_or_notify_cancel():
-        return
-    if isinstance(outcome, BaseException):
-        job.future.set_exception(outcome)
-    else:
-        job.future.set_result(outcome)
+            settle(job, error)

@@ -10,7 +10,6 @@ import mmap
 import os
 import signal
 import sys
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
@@ -79,8 +78,7 @@ def _packed(produced: Produced, arena: Arena) -> tuple[Produced, Place, Place]:
     """The result without its pixels, and where these are."""
     batch = produced.batch
     places = arena.place(batch.images), arena.place(batch.drawn)
-    nothing = np.empty((0, 3, 0, 0), np.uint8)
-    return replace(produced, batch=replace(batch, images=nothing, drawn=nothing)), *places
+    return produced.without_pixels(), *places
 
 
 def _plain(error: Exception, task: Task) -> Exception:

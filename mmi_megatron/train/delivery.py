@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from data_pipeline.feed import Division, Feed, Share
+from data_pipeline.feed import Division, Feed, Share, open_feed
 from data_pipeline.rows import SpecialTokens
-from data_pipeline.stream import Stream
 from mmi_megatron.config import Config, ModelConfig
 from mmi_megatron.model.mm_interleaved import Inputs, prepare
 from mmi_megatron.platform import Upload, device, has_gpu
+
+if TYPE_CHECKING:
+    from data_pipeline.ray_service import RemoteFeed
 
 PIXELS = ("images", "drawn")
 """The fields of a batch that not all ranks get."""
@@ -111,13 +113,14 @@ class Delivery:
         train = config.train
         self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
         self.place = Place.here()
-        self.feed: Feed | None = None
+        self.feed: Feed | RemoteFeed | None = None
         self._state: dict[str, Any] = {}
         self._early: tuple[Share, list[Upload]] | None = None
         if self.place.asks:
             count = train.rows // (dp_size * train.micro_rows)
-            stream = Stream(config.data, "train", global_rows=train.rows)
-            self.feed = Feed(stream, Division(dp_rank, dp_size, train.micro_rows, count))
+            self.feed = open_feed(
+                config.data, Division(dp_rank, dp_size, train.micro_rows, count), train.rows
+            )
             self._state = self.feed.state()
 
     def next(self) -> Delivered:
@@ -135,7 +138,7 @@ class Delivery:
                 "rows": share.rows,
                 "checksums": share.checksums.tolist(),
                 "step_rows": share.step_rows,
-                "quarantined": len(self.feed.stream.ledger),
+                "quarantined": share.quarantined,
                 "state": share.state,
             }
             delivered = send(self.place, share.batches, note, uploads)
@@ -178,8 +181,7 @@ class Delivery:
         """Held-out documents of the first source as one batch, a row each; called by every rank."""
         if self.feed is None:
             return receive(self.place)
-        stream = self.feed.stream
-        return send(self.place, [stream.row_of(stream.heldout_documents(documents))])
+        return send(self.place, [self.feed.heldout(documents)])
 
     def close(self) -> None:
         """End the workers."""

@@ -1,0 +1,327 @@
+"""The data service on Ray: a feeder on each node of trainers, actors that decode wherever there is room.
+
+The feeder plans and keeps steps under way; a trainer asks it for its share and takes the pixels out of its
+node's object store without a copy. Nothing is kept that cannot be made again: a trainer whose feeder is
+lost starts another at the position it has reached, and one that comes back finds its feeder waiting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, fields, replace
+from typing import Any, Self
+
+import numpy as np
+
+from data_pipeline.batch import Batch
+from data_pipeline.errors import DataError
+from data_pipeline.executors.ray_actors import RESOURCE, RayActors, fetch
+from data_pipeline.feed import Division, Feed, Share, setup_of
+from data_pipeline.optional import ray
+from data_pipeline.settings import DataSettings
+from data_pipeline.stream import Stream
+from data_pipeline.task import Produced
+
+NAMESPACE = "mmi-data"
+IDLE = 900.0
+"""Seconds after which a feeder that nobody asks ends itself."""
+
+RETRIES = 5
+"""Feeders that a trainer starts one after the other before it gives up."""
+
+PULL = 60.0
+"""Seconds for pixels to come from another node before they are made again."""
+
+log = logging.getLogger(__name__)
+
+
+def connect(settings: DataSettings) -> None:
+    """Join the cluster that ``data.ray_address`` names, unless this process is in one.
+
+    Raises:
+        DataError: when there is none.
+    """
+    if ray.is_initialized():
+        return
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    common = {
+        "namespace": NAMESPACE,
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+        "runtime_env": {"env_vars": {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}},
+    }
+    try:
+        if settings.ray_address == "local":
+            ray.init(num_cpus=settings.workers + 1, include_dashboard=False, **common)
+        else:
+            ray.init(address=settings.ray_address, **common)
+    except (ConnectionError, RuntimeError) as error:
+        raise DataError(
+            f"data.ray_address={settings.ray_address}: no Ray cluster answers ({error}); "
+            "start one with `mmi data serve` on this machine, or set data.ray_address=local"
+        ) from None
+
+
+class Feeder:
+    """The actor of a node of trainers: plans their steps and has them made.
+
+    Args:
+        settings: of the run.
+    """
+
+    def __init__(self, settings: DataSettings):
+        self.settings = settings
+        self.lock = threading.Lock()
+        self.feeds: dict[str, tuple[Feed, threading.Lock]] = {}
+        self.shares: dict[str, Share] = {}
+        self.executor: RayActors | None = None
+        self.asked = time.monotonic()
+        threading.Thread(target=self._end_when_idle, daemon=True).start()
+
+    def open(self, client: str, division: Division, global_rows: int, state: dict | None) -> dict[str, Any]:
+        """Begin to feed a rank, or go on with it.
+
+        Args:
+            client: name of the rank.
+            division: which part of each step it takes.
+            global_rows: rows of a step.
+            state: where to start, None for the beginning.
+
+        Returns:
+            The position.
+        """
+        self.asked = time.monotonic()
+        stream = Stream(self.settings, "train", global_rows)
+        with self.lock:
+            self.executor = self.executor or RayActors(setup_of(stream))
+            if client in self.feeds:
+                self.feeds[client][0].drop()
+            feed = Feed(stream, division, self.executor)
+            self.feeds[client] = feed, threading.Lock()
+            self.shares.pop(client, None)
+        if state is not None:
+            feed.load_state(state)
+        return feed.state()
+
+    def next(self, client: str, number: int) -> Share:
+        """A rank's share of the step of that number, which follows the last one asked for, or is it."""
+        self.asked = time.monotonic()
+        feed, lock = self.feeds[client]
+        with lock:
+            last = self.shares.get(client)
+            if last is None or last.number != number:
+                self.shares[client] = last = feed.next()
+            if last.number != number:
+                raise DataError(f"feeder: step {number} asked for, the next is {last.number}; open it again")
+            return last
+
+    def again(self, client: str, index: int) -> Produced:
+        """A micro-batch of the last share made once more."""
+        feed, lock = self.feeds[client]
+        with lock:
+            return feed.again(index)
+
+    def validation(self, client: str, *arguments: Any) -> list[Produced]:
+        """See ``Feed.validation``."""
+        feed, lock = self.feeds[client]
+        with lock:
+            return feed.validation(*arguments)
+
+    def heldout(self, client: str, documents: int) -> Batch:
+        """See ``Feed.heldout``."""
+        feed, lock = self.feeds[client]
+        with lock:
+            return feed.heldout(documents)
+
+    def lost(self) -> int:
+        """Actors replaced so far."""
+        return self.executor.lost if self.executor else 0
+
+    def workers(self) -> list[tuple[str, int]]:
+        """Node and process of each actor that is up."""
+        return [a.where for a in self.executor.actors if a.where] if self.executor else []
+
+    def _end_when_idle(self) -> None:
+        while time.monotonic() - self.asked < IDLE:
+            time.sleep(IDLE / 10)
+        os._exit(0)  # a detached actor ends with its process; its own actors end with it
+
+
+class RemoteFeed:
+    """A rank's shares of the steps, from the feeder of its node; in use like ``feed.Feed``.
+
+    Args:
+        settings: of the run; ``ray_address`` says where.
+        division: which part of each step is this rank's.
+        global_rows: rows of a step.
+
+    Raises:
+        DataError: when there is no cluster, or the data cannot be opened.
+    """
+
+    def __init__(self, settings: DataSettings, division: Division, global_rows: int):
+        connect(settings)
+        self.settings, self.division, self.global_rows = settings, division, global_rows
+        self.client = f"rank {division.rank} of {division.ranks}"
+        self.feeder = self._find()
+        self._state = self._call("open", self.client, division, global_rows, None)
+        self._opened = True
+        self._asked: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def next(self) -> Share:
+        """The next step's share; see ``Feed.next``."""
+        number = self._state["cursor"]["step"]
+        share = self._retried(lambda: ray.get(self._asked or self.feeder.next.remote(self.client, number)))
+        made = [
+            Produced(_own(batch), np.empty(0), [], {}, pixels)
+            for batch, pixels in zip(share.batches, share.pixels, strict=True)
+        ]
+        batches = [self._fetched(index, produced).batch for index, produced in enumerate(made)]
+        self._state = share.state
+        self._asked = self.feeder.next.remote(self.client, number + 1)
+        return replace(share, batches=batches, pixels=[], checksums=np.array(share.checksums))
+
+    def ready(self) -> bool:
+        """Whether the next share is made."""
+        return self._asked is not None and bool(ray.wait([self._asked], timeout=0)[0])
+
+    def state(self) -> dict[str, Any]:
+        """Position after the last share handed over."""
+        return self._state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken; see ``Stream.load_state``."""
+        self._asked = None
+        self._state = self._call("open", self.client, self.division, self.global_rows, state)
+
+    def validation_batches(
+        self, source: str | int, documents: int, rows_per_micro_batch: int, rank: int = 0, ranks: int = 1
+    ) -> list[Batch]:
+        """See ``Feed.validation_batches``."""
+        arguments = (source, documents, rows_per_micro_batch, rank, ranks)
+        for _ in range(RETRIES):
+            made = self._call("validation", self.client, *arguments)
+            try:
+                fetched = [fetch(produced, PULL) for produced in made]
+                return [_own(produced.batch) for produced in fetched]
+            except ray.exceptions.RayError as error:
+                log.warning("held-out batches were lost on the way (%s); asked again", error)
+        raise DataError(f"held-out batches were lost {RETRIES} times on their way from the data service")
+
+    def heldout(self, documents: int) -> Batch:
+        """See ``Feed.heldout``."""
+        return _own(self._call("heldout", self.client, documents))
+
+    def close(self) -> None:
+        """Let go; the feeder ends by itself when nobody asks."""
+        self._asked = None
+
+    def _fetched(self, index: int, produced: Produced) -> Produced:
+        """A micro-batch with its pixels; made again when they were lost with their node."""
+        for _ in range(RETRIES):
+            try:
+                return fetch(produced, PULL)
+            except ray.exceptions.RayError as error:
+                log.warning(
+                    "pixels were lost on the way (%s); they are made again", str(error).split("\n")[0]
+                )
+                again = self._call("again", self.client, index)
+                produced = replace(produced, pixels=again.pixels)
+        raise DataError(f"pixels were lost {RETRIES} times on their way from the data service")
+
+    def _find(self) -> Any:
+        """This node's feeder, started if there is none."""
+        node = ray.get_runtime_context().get_node_id()
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+        options = {
+            "name": f"feeder-{_digest(self.settings)}-{node[:16]}",
+            "namespace": NAMESPACE,
+            "get_if_exists": True,
+            "lifetime": "detached",
+            "num_cpus": 0,
+            "max_concurrency": 64,
+            "scheduling_strategy": here,
+        }
+        return ray.remote(Feeder).options(**options).remote(self.settings)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return self._retried(lambda: ray.get(getattr(self.feeder, method).remote(*arguments)))
+
+    def _retried(self, ask) -> Any:
+        """What the feeder answers; when it is lost another takes its place at this rank's position."""
+        for attempt in range(RETRIES):
+            try:
+                return ask()
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause
+                raise (cause if isinstance(cause, Exception) else error) from None
+            except ray.exceptions.RayError as error:
+                log.warning("the feeder was lost (%s); another takes its place", str(error).split("\n")[0])
+                time.sleep(0.5 * attempt)
+                self._asked = None
+                self.feeder = self._find()
+                if hasattr(self, "_opened"):
+                    self._reopen()
+        raise DataError(f"{RETRIES} feeders of the data service were lost one after the other")
+
+    def _reopen(self) -> None:
+        try:
+            arguments = (self.client, self.division, self.global_rows, self._state)
+            ray.get(self.feeder.open.remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except ray.exceptions.RayError as error:
+            log.warning("the new feeder was lost as well (%s)", str(error).split("\n")[0])
+
+
+def serve(address: str | None, workers: int, port: int = 6379) -> int:
+    """Make this machine part of the data service until it is interrupted.
+
+    Args:
+        address: ``host:port`` of the cluster to join; None starts one here.
+        workers: actors that may decode here at a time.
+        port: of a cluster that is started here. Ray has no passwords: it belongs in a network that only
+            the job's machines can reach.
+
+    Returns:
+        Ray's exit code.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    command += (
+        ["--address", address] if address else ["--head", f"--port={port}", "--include-dashboard=false"]
+    )
+    command += [f"--num-cpus={workers}", f"--resources={json.dumps({RESOURCE: workers})}"]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    ray.__version__  # noqa: B018 says what to install when it is missing
+    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            return process.wait()
+
+
+def _own(batch: Batch) -> Batch:
+    """The batch with small arrays that may be written to; pixels stay where they are."""
+    small = [f.name for f in fields(batch) if f.name not in ("images", "drawn")]
+    return replace(batch, **{name: np.array(getattr(batch, name)) for name in small})
+
+
+def _digest(settings: DataSettings) -> str:
+    text = json.dumps(asdict(settings), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
