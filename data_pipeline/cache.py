@@ -85,13 +85,14 @@ class BlockCache:
         path = self._path(url, etag, block)
         partial = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns()}.{size}.partial")
         try:
-            self._book(size)
             path.parent.mkdir(exist_ok=True)
+            self._book(partial, size)
             with open(partial, "wb") as file:
                 file.write(blob + TRAILER)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            with self._locked():
+                os.replace(partial, path)
         except OSError as error:
             self.failures += 1
             log.warning("data.storage.cache: %s is not kept (%s)", partial.name, error)
@@ -100,7 +101,8 @@ class BlockCache:
 
     def held(self) -> int:
         """Bytes of all blocks, half-written ones at their full size."""
-        return sum(size for _, size, _ in self._scan())
+        with self._locked():
+            return sum(size for _, size, _ in self._scan())
 
     def _path(self, url: str, etag: str, block: int) -> Path:
         name = hashlib.blake2b(f"{url}\0{etag}\0{block}".encode(), digest_size=16).hexdigest()
@@ -112,8 +114,9 @@ class BlockCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _book(self, size: int) -> None:
-        """Add to the total, making room first where that would exceed the limit."""
+    def _book(self, partial: Path, size: int) -> None:
+        """Add to the total, making room first where that would exceed the limit. The empty file says
+        how much is booked to whoever counts anew."""
         with self._locked():
             note = self.folder / "total"
             try:
@@ -122,6 +125,7 @@ class BlockCache:
                 total = self._make_room(self.limit)  # the first, or one that died while it wrote
             if total + size > self.limit:
                 total = self._make_room(min(int(self.limit * KEPT), self.limit - size))
+            partial.touch()
             note.write_text(str(total + size))
 
     def _make_room(self, goal: int) -> int:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from data_pipeline.corpus import make_index
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.formats import Summary, find_shards, parse_content, read_range, scan_file
 from data_pipeline.importers.html import import_html
@@ -52,6 +56,8 @@ def show(summary: Summary) -> None:
     table = Table("kept", "number")
     table.add_row("documents", f"{summary.documents:,}")
     table.add_row("images", f"{summary.images:,}")
+    for name, value in summary.notes.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     console = Console()
     console.print(table)
     if summary.dropped:
@@ -100,6 +106,41 @@ def pairs(
 ) -> Summary:
     """Import image-text pairs in img2dataset's layout."""
     return import_pairs(folder, out, min_tokens, tokenizer)
+
+
+@app.command("index")
+@reported
+def index(
+    shards: Annotated[str, typer.Argument(help="Folder or URL of shards.", show_default=False)],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json of the runs to come.", show_default=False)],
+    holdout: Annotated[float, typer.Option(help="Fraction held out for validation.")] = 0.01,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    as_json: Json = False,
+) -> Summary:
+    """Index shards: a Parquet file beside each, and a manifest. Goes on where it was stopped."""
+    with bar("shards") as progress:
+        found, digest = make_index(shards, str(tokenizer), holdout, workers=workers, progress=progress)
+    summary = Summary(sum(shard.documents for shard in found), sum(shard.images for shard in found))
+    for shard in found:
+        summary.dropped.update(json.loads(shard.reasons))
+    tokens, held = sum(shard.tokens for shard in found), sum(shard.heldout for shard in found)
+    summary.notes = {"shards": len(found), "text tokens": tokens, "held out": held, "manifest": digest}
+    return summary
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr; yields what is to be called with the number done and the total."""
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 @app.command("storybook")

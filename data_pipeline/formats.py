@@ -60,11 +60,12 @@ class Document:
 
 @dataclass
 class Summary:
-    """What an import kept and left out; ``dropped`` counts by reason."""
+    """What a command kept and left out; ``dropped`` counts by reason, ``notes`` is what else there is."""
 
     documents: int = 0
     images: int = 0
     dropped: Counter = field(default_factory=Counter)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -72,6 +73,7 @@ class Summary:
             "documents": self.documents,
             "images": self.images,
             "dropped": dict(sorted(self.dropped.items())),
+            **self.notes,
         }
 
 

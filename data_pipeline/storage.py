@@ -233,13 +233,11 @@ class Storage:
             async with self._slots:
                 start = start or time.monotonic()
                 self.counts["requests"] += 1
-                left = start + settings.deadline - time.monotonic()
+                patience = max(min(settings.timeout, start + settings.deadline - time.monotonic()), 0.01)
                 try:
-                    return await asyncio.wait_for(
-                        ask(self._remote(url)), max(min(settings.timeout, left), 0.01)
-                    )
+                    return await asyncio.wait_for(ask(self._remote(url)), patience)
                 except TimeoutError:
-                    reason = f"no answer in {min(settings.timeout, left):.3g} s"
+                    reason = f"no answer in {patience:.2g} s"
                 except Transient as error:
                     reason = str(error)
                 except PermissionError as error:
@@ -270,22 +268,17 @@ class Storage:
         found: list[bytes | BadSample] = [b""] * len(wanted)
         for group, span, blob in zip(groups, spans, blobs, strict=True):
             for index in group:
-                start = wanted[index].offset - span.offset
-                found[index] = blob[start : start + wanted[index].size] if isinstance(blob, bytes) else blob
+                found[index] = blob if isinstance(blob, BadSample) else _cut(blob, span, wanted[index])
         return found
 
     async def _one(self, wanted: Range) -> bytes | BadSample:
         try:
             cached = self.cache is not None and wanted.etag
-            blob = await (self._blocks(wanted) if cached else self._range(wanted))
+            return await (self._blocks(wanted) if cached else self._range(wanted))
         except Gone:
             return BadSample("shard cannot be read", f"{wanted.url}: no such file")
         except Changed as error:
             return BadSample("shard has changed", f"{wanted.url}: {error}")
-        if len(blob) != wanted.size:
-            place = f"{len(blob)} of {wanted.size} bytes at {wanted.offset}"
-            return BadSample("shard has changed", f"{wanted.url}: {place}")
-        return blob
 
     async def _range(self, wanted: Range) -> bytes:
         if wanted.size == 0:
@@ -406,6 +399,16 @@ def _groups(wanted: Sequence[Range]) -> list[list[int]]:
             groups.append([index])
             span = own
     return groups
+
+
+def _cut(blob: bytes, span: Range, wanted: Range) -> bytes | BadSample:
+    """A range out of what was fetched for several; the file may have ended before it."""
+    start = wanted.offset - span.offset
+    own = blob[start : start + wanted.size]
+    if len(own) == wanted.size:
+        return own
+    place = f"{len(own)} of {wanted.size} bytes at {wanted.offset}"
+    return BadSample("shard has changed", f"{wanted.url}: {place}")
 
 
 def _span(ranges: Sequence[Range]) -> Range:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from data_pipeline.balance import balance, row_cost
 from data_pipeline.batch import Batch
 from data_pipeline.corpus import SPLITS, open_corpus
 from data_pipeline.decode import decode
@@ -66,7 +67,7 @@ class Step:
                 f"rank {rank} of {ranks} with {count} micro-batches of {rows_per_micro_batch} rows does not "
                 f"divide a step of {len(self.rows)} rows"
             )
-        costs = [self._stream.cost(row) for row in self.rows]
+        costs = [row_cost(row, self._stream.settings) for row in self.rows]
         own = balance(costs, ranks)[rank]
         groups = balance([costs[index] for index in own], count)
         return [[own[index] for index in group] for group in groups]
@@ -79,26 +80,6 @@ class Step:
         """The micro-batches of one data-parallel rank, made here and now; see ``division``."""
         groups = self.division(rank, ranks, rows_per_micro_batch, count)
         return [self._stream.produce([self.rows[row] for row in group]) for group in groups]
-
-
-def balance(costs: list[float], bins: int) -> list[list[int]]:
-    """Deal things into bins of equal count, longest processing time first.
-
-    Args:
-        costs: of each thing; a multiple of ``bins`` of them.
-        bins: how many.
-
-    Returns:
-        Indices of the things in each bin, ascending.
-    """
-    each = len(costs) // bins
-    held: list[list[int]] = [[] for _ in range(bins)]
-    load = [0.0] * bins
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        target = min((b for b in range(bins) if len(held[b]) < each), key=lambda b: (load[b], b))
-        held[target].append(index)
-        load[target] += costs[index]
-    return [sorted(own) for own in held]
 
 
 class Stream:
@@ -316,12 +297,6 @@ class Stream:
         """
         self.ledger.record(produced.seen, list(produced.failures))
         return produced
-
-    def cost(self, row: list[Part]) -> float:
-        """Rough work of a row in tokens: every row is as long, so attention and images differ."""
-        images = sum(part.images for part in row)
-        attention = sum(part.length**2 for part in row) / self.settings.context_length
-        return attention + 4.0 * self.settings.image_tokens * images
 
     def _source(self, source: str | int) -> int:
         names = [settings.name for settings in self.settings.sources]

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.balance import balance
 from data_pipeline.errors import SettingsError
 from data_pipeline.index import IMAGE
 from data_pipeline.mix import next_source
 from data_pipeline.pack import pack
 from data_pipeline.plan import Part, keyed, parts_of, permuted, split_document
 from data_pipeline.settings import DataSettings, SourceSettings, check_settings, whole_weights
-from data_pipeline.stream import balance
 
 
 @given(st.integers(1, 400), st.integers(-5, 5), st.integers(0, 3))
