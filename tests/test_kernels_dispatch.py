@@ -1,26 +1,17 @@
-"""How the operators sit in PyTorch: checks, autograd, compilation, and the build of the library."""
+"""How the operators sit in PyTorch: checks, autograd and compilation."""
 
 from __future__ import annotations
-
-import json
-import os
-import shutil
-import stat
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import mmi_kernels
-from mmi_kernels import build, library, mmfs_attention, ms_deform_attn
+from mmi_kernels import library, mmfs_attention, ms_deform_attn
 from mmi_kernels.autograd import OPS
 from tests.test_kernels_deform import draw
 from tests.test_kernels_oracle import DIFFERENTIABLE, Case, implementation, implementations
 
 COMPILED = library.status()["implementation"] == "compiled"
-KERNELS = Path(library.__file__).resolve().parent.parent
 
 
 def call(case: Case, **changed):
@@ -182,102 +173,3 @@ def test_status_tells_what_runs():
     status = mmi_kernels.status()
     assert set(status) == {"implementation", "instruction_set", "library", "reason"}
     assert (status["instruction_set"] is not None) == (status["library"] is not None) == COMPILED
-
-
-def fake_installation(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """A copy of the package and its sources, no library, with a stand-in compiler that logs its calls."""
-    home = tmp_path / "kernels"
-    shutil.copytree(KERNELS, home, ignore=shutil.ignore_patterns("_lib", "__pycache__"))
-    tool = tmp_path / "c++"
-    tool.write_text(
-        '#!/bin/sh\nif [ "$1" = --version ]; then echo "stand-in ${STAND_IN:-1}"; exit 0; fi\n'
-        f'echo "$@" >> {tmp_path}/calls\n'
-        'while [ "$1" != -o ]; do shift; done\necho binary > "$2"\n'
-    )
-    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
-    return home, {
-        **os.environ,
-        "PYTHONPATH": str(home),
-        "CXX": str(tool),
-        "FORCE_CUDA": "0",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }
-
-
-def python(code: str, env: dict[str, str]) -> str:
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
-ONE_CALL = """
-import json, torch, mmi_kernels
-for _ in range(2):
-    weights = torch.zeros(1, 1, 1, 1, 1)
-    mmi_kernels.ms_deform_attn(torch.zeros(1, 4, 1, 2), ((2, 2),), torch.zeros(1, 1, 1, 1, 1, 2), weights)
-print(json.dumps(mmi_kernels.status()))
-"""
-
-
-def test_without_a_library_the_reference_runs_with_one_warning(tmp_path):
-    _, env = fake_installation(tmp_path)
-    said = python(ONE_CALL, env)
-    assert said.count("slow PyTorch reference") == 1
-    assert "run `python -m mmi_kernels.build`" in said
-    assert json.loads(said.splitlines()[0])["implementation"] == "reference"
-
-
-def test_a_library_is_built_once_and_again_when_something_changes(tmp_path):
-    home, env = fake_installation(tmp_path)
-    log = tmp_path / "calls"
-
-    def built(**extra: str) -> int:
-        before = len(log.read_text().splitlines()) if log.exists() else 0
-        python("import mmi_kernels.build; mmi_kernels.build.build()", {**env, **extra})
-        return len(log.read_text().splitlines()) - before
-
-    complete = len(build.units()) + 1
-    assert built() == complete
-    assert built() == 0
-    assert built(STAND_IN="2") == complete
-    source = home / "csrc" / "common" / "bilinear.h"
-    source.write_text(source.read_text() + "\n// changed\n")
-    assert built(STAND_IN="2") == complete
-    left = sorted(path.name for path in (home / "mmi_kernels" / "_lib").iterdir())
-    assert [Path(name).suffix for name in left] == [".json", ".so"] * 2
-
-
-def test_processes_may_build_at_once(tmp_path):
-    home, env = fake_installation(tmp_path)
-    code = "import mmi_kernels.build; print(mmi_kernels.build.build(force=True))"
-    builders = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
-    assert [builder.wait() for builder in builders] == [0, 0, 0]
-    left = sorted(path.suffix for path in (home / "mmi_kernels" / "_lib").iterdir())
-    assert left == [".json", ".so"]
-
-
-def test_a_library_that_does_not_load_is_reported(tmp_path):
-    _, env = fake_installation(tmp_path)
-    python("import mmi_kernels.build; mmi_kernels.build.build()", env)
-    assert "does not load" in python(ONE_CALL, env)
-
-
-def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.BuildError, match="no C\\+\\+ compiler: looked for no-such-compiler"):
-        build.build()
-
-
-def test_no_instruction_set_leaks_into_the_rest(tmp_path):
-    """The kernels' objects define one symbol each: shared ones could be linked in for all processors."""
-    if not (shutil.which("nm") and shutil.which("g++")):
-        return
-    for unit in build.units()[2:]:
-        out = tmp_path / "kernels.o"
-        flags = ["-O1" if flag == "-O3" else flag for flag in library.FLAGS]
-        subprocess.run(["g++", *flags, *unit.flags, "-c", str(unit.source), "-o", str(out)], check=True)
-        listed = subprocess.run(
-            ["nm", "--defined-only", "--extern-only", str(out)], capture_output=True, text=True
-        )
-        symbols = [line.split()[1:] for line in listed.stdout.splitlines()]
-        assert len(symbols) == 1 and symbols[0][0] == "T", symbols

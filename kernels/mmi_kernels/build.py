@@ -2,9 +2,10 @@
 
 One shared library holds the kernels for every instruction set of the processor's family; the one
 to run is chosen when it is loaded, so a library built on one machine runs on an older one. It is
-named after a fingerprint of the sources, the flags and the torch version, lies inside the package
-(or in the user's cache where the package is read-only), and is put there by one rename, so that
-any number of processes may build or import at once. It links against libtorch's stable ABI.
+named after a fingerprint of the sources and the flags, lies inside the package (or in the user's
+cache where the package is read-only), and is put there by one rename, so that any number of
+processes may build or import at once. It links against libtorch's stable ABI: a library built with
+one version of torch is used with all from 2.10 on, and on machines without a compiler.
 
 The CUDA kernels are part of it where nvcc is found, whether or not there is a GPU; FORCE_CUDA=1 makes
 a missing nvcc an error, FORCE_CUDA=0 leaves them out.
@@ -107,7 +108,8 @@ def compiler() -> str:
 def build(*, force: bool = False) -> Path:
     """Compile the library unless one that fits exists already.
 
-    A library is rebuilt when a source, a flag, the torch version or the compiler's version changed.
+    One that exists is used as long as no source and no flag changed, unless it lacks the CUDA
+    kernels and nvcc is there.
 
     Args:
         force: compile in any case.
@@ -118,12 +120,12 @@ def build(*, force: bool = False) -> Path:
     Raises:
         BuildError: no compiler, or it failed; nothing is left behind.
     """
-    tool = compiler()
     cuda = nvcc()
-    versions = {"compiler": _version(tool)} | ({"nvcc": _version(cuda)} if cuda else {})
     existing = find()
-    if existing and not force and versions.items() <= _manifest(existing).items():
+    if existing and not force and (cuda is None or "nvcc" in _manifest(existing)):
         return existing
+    tool = compiler()
+    versions = {"compiler": _version(tool)} | ({"nvcc": _version(cuda)} if cuda else {})
     folder = _writable_folder()
     target = folder / f"mmi_kernels-{fingerprint()}.so"
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -188,4 +190,7 @@ def _run(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    print(build(force="--force" in sys.argv[1:]))
+    try:
+        print(build(force="--force" in sys.argv[1:]))
+    except BuildError as problem:
+        sys.exit(f"mmi_kernels: {problem}")

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import torch
 
-SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+PACKAGE = Path(__file__).resolve().parent
+# In an installed package the sources lie inside it, in the repository beside it.
+SOURCES = next((p for p in (PACKAGE / "csrc", PACKAGE.parent / "csrc") if p.is_dir()), PACKAGE / "csrc")
+PARTS = ("common", "cpu", "cuda")  # of the sources: what goes into the library
 STABLE_ABI = "0x020a000000000000ULL"  # libtorch 2.10, the oldest version the library loads into
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 FLAGS += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]  # loops with floor and min vectorise
@@ -32,9 +35,12 @@ INSTRUCTION_SETS = {
 
 
 def fingerprint() -> str:
-    """Sixteen hex digits over every source, flag, the torch version and the architecture."""
+    """Sixteen hex digits over every source, every flag and the architecture.
+
+    Not over torch's version: the library keeps to libtorch's stable ABI, so one serves them all.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in SOURCES.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
+    for path in sorted(path for part in PARTS for path in (SOURCES / part).iterdir()):
         digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     settings = [
         STABLE_ABI,
@@ -42,7 +48,6 @@ def fingerprint() -> str:
         INSTRUCTION_SETS,
         NVCC_FLAGS,
         CUDA_TARGETS,
-        torch.__version__,
         platform.machine(),
         sys.platform,
     ]
@@ -52,12 +57,12 @@ def fingerprint() -> str:
 
 def folders() -> Iterator[Path]:
     """Where libraries lie: inside the package, then in the user's cache."""
-    yield Path(__file__).resolve().parent / "_lib"
+    yield PACKAGE / "_lib"
     yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmi_kernels"
 
 
 def find() -> Path | None:
-    """The library that fits the sources and this torch, if it has been built."""
+    """The library that fits the sources, if it has been built."""
     name = f"mmi_kernels-{fingerprint()}.so"
     return next((folder / name for folder in folders() if (folder / name).is_file()), None)
 
@@ -78,7 +83,7 @@ def load() -> bool:
         return True
     path = find()
     if path is None:
-        _State.reason = "no library built for these sources and this torch; run `python -m mmi_kernels.build`"
+        _State.reason = "no library built for these sources; run `python -m mmi_kernels.build`"
         return False
     try:
         torch.ops.load_library(str(path))
@@ -88,7 +93,7 @@ def load() -> bool:
         return False
     _State.handle.mmi_cpu_instruction_set.restype = ctypes.c_char_p
     _State.handle.mmi_set_cpu_instruction_set.restype = ctypes.c_bool
-    _State.path, _State.reason = str(path), "prebuilt library fits the sources and this torch"
+    _State.path, _State.reason = str(path), "prebuilt library fits the sources"
     _State.loaded = True
     return True
 
