@@ -10,7 +10,7 @@ setup(
     ],
     package_dir={"mmi_kernels": "kernels/mmi_kernels", "mmi_kernels.csrc": "kernels/csrc"},
     package_data={
-        "mmi_megatron": ["presets/*.yaml"],
+        "mmi_megatron": ["presets/*.yaml", "presets/fragments/*/*.yaml"],
         "mmi_kernels.csrc": ["*/*.h", "*/*.cpp", "*/*.cu", "*/*.cuh"],
     },
 )

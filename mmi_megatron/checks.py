@@ -19,6 +19,7 @@ LEVELS = 4
 """Levels of an image's pyramid of maps."""
 
 CHOICES = {
+    "model.vision.tower": ("clip", "eva", "siglip"),
     "model.language.mmfs.kind": ("deformable", "dense", "none"),
     "model.decoder.mmfs.kind": ("deformable", "dense", "none"),
     "model.decoder.mmfs_placement": ("skip", "up", "down"),
@@ -137,6 +138,12 @@ def _check_vision(vision: VisionConfig) -> None:
             "an even number is needed, because the coarsest map has half as many"
         )
     _divides(f"{where}.width", vision.width, f"{where}.heads", vision.heads)
+    if vision.tower == "eva":  # rotary positions: half of a head for rows, half for columns, in pairs
+        _divides(
+            f"{where}.width over heads", vision.width // vision.heads, "the pairs of rows and columns", 4
+        )
+    if vision.quick_gelu and vision.tower != "clip":
+        raise ConfigError(f"{where}.quick_gelu: only CLIP has it; set it to false with tower {vision.tower}")
     _divides(f"{where}.layers", vision.layers, f"{where}.adapter.interactions", adapter.interactions)
     inner = int(vision.width * adapter.value_ratio)
     _divides(f"{where}.width times adapter.value_ratio", inner, f"{where}.adapter.heads", adapter.heads)

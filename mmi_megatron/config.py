@@ -54,8 +54,11 @@ class ResamplerConfig:
 @dataclass
 class VisionConfig:
     """Visual tokenizer. ``image_size`` pixels a side; ``patch_size`` divides it. ``resampler`` off
-    (``use_resampler=false``) feeds learned embeddings in place of visual tokens (table 8)."""
+    (``use_resampler=false``) feeds learned embeddings in place of visual tokens (table 8).
+    ``tower`` is the kind of ViT: ``clip``, ``eva`` (EVA-02-CLIP) or ``siglip``, as timm builds them;
+    ``quick_gelu`` is CLIP's alone."""
 
+    tower: str = "clip"
     image_size: int = 224
     patch_size: int = 14
     width: int = 1024
@@ -104,6 +107,7 @@ class LanguageConfig:
     """LLaMA-type language model.
 
     Attributes:
+        qkv_bias: queries, keys and values have a bias (Qwen2).
         vocabulary: tokens of the tokenizer, image tokens included.
         vocabulary_multiple: the tables are padded to a multiple of this, the same at any layout.
         mmfs_every: MMFS sits in layers 0, n, 2n, ...
@@ -121,6 +125,7 @@ class LanguageConfig:
     ffn: int = 13824
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    qkv_bias: bool = False
     vocabulary: int = 32002
     vocabulary_multiple: int = 128
     mmfs_every: int = 4

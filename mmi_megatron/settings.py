@@ -1,6 +1,7 @@
 """Loads settings: a preset or a file, then what the command line changes, into a typed ``Config``.
 
-A file may name one other to start from, ``defaults: paper-13b``. Values may refer to others,
+A file may name one other to start from, ``defaults: paper-13b``, and fragments to lay over it, ``use:
+[llm/mistral-7b]``: parts of a model under ``presets/fragments``. Values may refer to others,
 ``${model.vision.image_size}``. Whatever does not exist in the tree, or has the wrong type, is an error
 that says where it stands and what was probably meant.
 """
@@ -24,7 +25,8 @@ from mmi_megatron.config import Config
 from mmi_megatron.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
-DEFAULTS = "defaults"
+FRAGMENTS = PRESETS / "fragments"
+DEFAULTS, USE = "defaults", "use"
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -33,23 +35,32 @@ def presets() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def fragments() -> list[str]:
+    """Names of the fragments that come with the package, such as ``llm/mistral-7b``."""
+    return sorted(str(path.relative_to(FRAGMENTS).with_suffix("")) for path in FRAGMENTS.glob("*/*.yaml"))
+
+
 def load_config(preset: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Load, complete and check the settings of a run.
 
     Args:
         preset: name of a preset, or path of a YAML file (a run's ``config.yaml``, say).
         overrides: ``key=value`` with a dotted key and a value in YAML; entries of lists by number,
-            ``data.sources.0.path=/corpus``.
+            ``data.sources.0.path=/corpus``. ``use=llm/mistral-7b,decoder/sd-1.5`` lays fragments over
+            the preset; the other overrides count after them, wherever they stand.
 
     Raises:
         ConfigError: one line naming the file or the command line, the key, and what to do.
     """
     tree = dataclasses.asdict(Config())
-    for label, layer in _layers(preset):
+    changes = [_parse(override) for override in overrides]
+    used = [layer for key, value in changes if key == USE for layer in _used(value, "command line")]
+    for label, layer in [*_layers(preset), *used]:
         _check_names(layer, label)
         tree = _merged(tree, layer)
-    for override in overrides:
-        _set(tree, *_parse(override))
+    for key, value in changes:
+        if key != USE:
+            _set(tree, key, value)
     _check_names(tree, "command line")
     config = build(Config, _resolved(tree))
     check_config(config)
@@ -101,8 +112,25 @@ def _layers(name: str | Path) -> list[tuple[str, dict]]:
         wanted, start = tree.pop(DEFAULTS, None), path.parent
         if not isinstance(wanted, str | None):
             raise ConfigError(f"{path}: {DEFAULTS}: expected the name of one preset or file, got {wanted!r}")
-        layers.insert(0, (str(path), tree))
+        used = _used(tree.pop(USE, []), str(path))
+        layers = [*used, (str(path), tree), *layers]
     return layers
+
+
+def _used(names: Any, label: str) -> list[tuple[str, dict]]:
+    """The trees of fragments, each with the name of its file, given as a list or with commas between."""
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",")]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{label}: {USE}: expected names of fragments, got {names!r}")
+    for name in names:
+        if name not in fragments():
+            near = difflib.get_close_matches(name, fragments(), n=1, cutoff=0)[0]
+            raise ConfigError(
+                f"{label}: {USE}: no fragment {name!r}; did you mean {near!r}? "
+                f"Fragments: {', '.join(fragments())}"
+            )
+    return [(str(path), _read(path)) for path in (FRAGMENTS / f"{name}.yaml" for name in names)]
 
 
 def _read(path: Path) -> dict:

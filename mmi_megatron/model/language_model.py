@@ -91,9 +91,9 @@ class Attention(nn.Module):
         super().__init__()
         width = config.width // config.heads
         self.head_width = width
-        self.q_proj = nn.Linear(config.width, config.heads * width, bias=False)
-        self.k_proj = nn.Linear(config.width, config.kv_heads * width, bias=False)
-        self.v_proj = nn.Linear(config.width, config.kv_heads * width, bias=False)
+        self.q_proj = nn.Linear(config.width, config.heads * width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.width, config.kv_heads * width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.width, config.kv_heads * width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.heads * width, config.width, bias=False)
 
     def forward(
@@ -161,8 +161,11 @@ class DecoderLayer(nn.Module):
         self.mmfs = GatedMMFS(config, maps_width, shapes) if has_mmfs(config, layer) else None
         self.post_attention_layernorm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config)
-        for weight in [*self.self_attn.parameters(), *self.mlp.parameters()]:
-            nn.init.normal_(weight, std=INIT_STD)
+        for name, parameter in [*self.self_attn.named_parameters(), *self.mlp.named_parameters()]:
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=INIT_STD)
         # Residual branches start small, so that the sum of all of them does not grow with depth.
         for projection in (self.self_attn.o_proj, self.mlp.down_proj):
             nn.init.normal_(projection.weight, std=INIT_STD / (2 * config.layers) ** 0.5)

@@ -1,55 +1,21 @@
 """Visual tokenizer: an image becomes a few visual tokens and a pyramid of feature maps.
 
-MM-Interleaved, section 3.2: CLIP ViT, ViT-Adapter and Perceiver resampler.
+MM-Interleaved, section 3.2: CLIP ViT (or another tower), ViT-Adapter and Perceiver resampler.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mmi_megatron.config import VisionConfig
 from mmi_megatron.model.perceiver import Resampler
 from mmi_megatron.model.positions import sincos_2d
+from mmi_megatron.model.vision_towers import CLIP_MEAN, CLIP_STD, KINDS, VIT_NORM_EPS, build_vit
+
+__all__ = ["CLIP_MEAN", "CLIP_STD", "VIT_NORM_EPS", "VisualTokenizer", "build_vit"]
 from mmi_megatron.model.vit_adapter import ViTAdapter, pyramid_shapes
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-VIT_NORM_EPS = 1e-5
-
-
-def build_vit(config: VisionConfig) -> VisionTransformer:
-    """CLIP's image tower as timm builds it, so that timm's weights load under their own names.
-
-    Its final norm is not used here; it is kept, frozen, so that a tower can be exported whole.
-
-    Raises:
-        ValueError: when sizes do not divide.
-    """
-    if config.image_size % config.patch_size:
-        raise ValueError(
-            f"vision.image_size {config.image_size} is no multiple of vision.patch_size {config.patch_size}"
-        )
-    if config.width % config.heads:
-        raise ValueError(f"vision.width {config.width} does not divide into vision.heads {config.heads}")
-    vit = VisionTransformer(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        num_classes=0,
-        embed_dim=config.width,
-        depth=config.layers,
-        num_heads=config.heads,
-        mlp_ratio=(config.ffn + 0.5) / config.width,  # timm rounds the product down
-        pre_norm=True,
-        norm_layer=partial(nn.LayerNorm, eps=VIT_NORM_EPS),
-        act_layer="quick_gelu" if config.quick_gelu else "gelu",
-    )
-    vit.norm.requires_grad_(False)
-    return vit
 
 
 class VisualTokenizer(nn.Module):
@@ -60,7 +26,7 @@ class VisualTokenizer(nn.Module):
         llm_width: channels of a visual token.
 
     Attributes:
-        vit: timm's VisionTransformer. Gradients pass through it also where it is frozen, for the
+        vit: timm's image tower. Gradients pass through it also where it is frozen, for the
             adapter's injectors sit between its layers.
         shapes: (height, width) of the four maps, the finest first.
     """
@@ -89,10 +55,10 @@ class VisualTokenizer(nn.Module):
         else:
             self.learned_tokens = nn.Parameter(torch.empty(config.resampler.queries, llm_width))
             nn.init.normal_(self.learned_tokens, std=0.02)
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(KINDS[config.tower].mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(KINDS[config.tower].std).view(3, 1, 1), persistent=False)
         patches = sincos_2d(grid, grid, width)
-        tokens = torch.cat([torch.zeros(1, width), patches])
+        tokens = torch.cat([torch.zeros(self.vit.num_prefix_tokens, width), patches])
         self.register_buffer("token_positions", tokens, persistent=False)
         self.register_buffer("map_positions", _on_levels(patches, grid, self.shapes), persistent=False)
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmi_kernels import ms_deform_attn
 from mmi_megatron.config import AdapterConfig
+from mmi_megatron.model.vision_towers import Tower, embed, run_layer
 
 Shapes = Sequence[tuple[int, int]]
 STRIDE = 16  # the stem sees 16 pixels a patch, whatever the ViT's own patch size
@@ -208,7 +207,7 @@ class Extractor(nn.Module):
 
 
 class ViTAdapter(nn.Module):
-    """The adapter around a timm ``VisionTransformer``, which is handed in at each call: the ViT may
+    """The adapter around an image tower of timm, which is handed in at each call: the ViT may
     be frozen and has its own place in the model.
 
     Args:
@@ -241,11 +240,11 @@ class ViTAdapter(nn.Module):
         self.up = nn.ConvTranspose2d(width, width, 2, 2)
         self.apply(_initialise)
 
-    def forward(self, vit: VisionTransformer, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, vit: Tower, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Run ViT and adapter together.
 
         Args:
-            vit: timm's VisionTransformer of this width, depth and grid.
+            vit: an image tower of this width, depth and grid.
             images: normalised, [I, 3, H, W] at the ViT's own size.
 
         Returns:
@@ -264,14 +263,14 @@ class ViTAdapter(nn.Module):
             ],
             1,
         )
-        tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        tokens, rope = embed(vit, images)
         prefix, seen, blocks = vit.num_prefix_tokens, [], list(vit.blocks.children())
+        again = vit.grad_checkpointing and torch.is_grad_enabled()
         for index, (injector, extractor) in enumerate(zip(self.injectors, self.extractors, strict=True)):
             patches = injector(tokens[:, prefix:], grid, pyramid, coarse)
             tokens = torch.cat([tokens[:, :prefix], patches], 1)
             for block in blocks[self.bounds[index] : self.bounds[index + 1]]:
-                again = vit.grad_checkpointing and torch.is_grad_enabled()
-                tokens = checkpoint(block, tokens, use_reentrant=False) if again else block(tokens)
+                tokens = run_layer(block, tokens, rope, again)
             patches = tokens[:, prefix:]
             pyramid = extractor(pyramid, coarse, patches, grid)
             seen.append(patches.transpose(1, 2).unflatten(2, self.grid))

@@ -46,7 +46,7 @@ def _split(name: str, dim: int) -> Rule:
     )
 
 
-def _qkv(prefix: str, config: LanguageConfig) -> Rule:
+def _qkv(prefix: str, config: LanguageConfig, kind: str = "weight") -> Rule:
     """Megatron stores, for each key/value head, its queries, then its key, then its value."""
     groups, width = config.kv_heads, config.width // config.heads
     sizes = [config.heads // groups * width, width, width]
@@ -59,7 +59,7 @@ def _qkv(prefix: str, config: LanguageConfig) -> Rule:
         grouped = torch.cat(pieces).unflatten(0, (groups, -1))
         return [tensor.flatten(0, 1) for tensor in grouped.split(sizes, 1)]
 
-    return Rule(tuple(f"{prefix}{name}_proj.weight" for name in "qkv"), join, part)
+    return Rule(tuple(f"{prefix}{name}_proj.{kind}" for name in "qkv"), join, part)
 
 
 def _gated(prefix: str) -> Rule:
@@ -85,6 +85,8 @@ def layer_rules(config: LanguageConfig, mmfs: bool) -> dict[str, Rule]:
         "mlp.linear_fc1.weight": _gated("mlp."),
         "mlp.linear_fc2.weight": _split("mlp.down_proj.weight", 1),
     }
+    if config.qkv_bias:
+        rules["self_attention.linear_qkv.bias"] = _qkv("self_attn.", config, "bias")
     if mmfs:
         source, target = "mmfs.attention.", "cross_attention."
         rules |= {
