@@ -108,6 +108,51 @@ def pairs(
     return import_pairs(folder, out, min_tokens, tokenizer)
 
 
+@app.command("download")
+@reported
+def download_lists(
+    lists: Annotated[Path, typer.Argument(help="Lists of URLs: Parquet or JSON lines.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="Folder of shards; a download in it goes on.", show_default=False)
+    ],
+    connections: Annotated[int, typer.Option(min=1, help="Under way in all.")] = 64,
+    per_host: Annotated[int, typer.Option(min=1, help="Under way to one host.")] = 4,
+    timeout: Annotated[float, typer.Option(help="Seconds for one file.")] = 20.0,
+    retries: Annotated[int, typer.Option(min=0, help="Of a failure that may pass.")] = 2,
+    max_bytes: Annotated[int, typer.Option(help="Of a file.")] = 20 << 20,
+    smallest: Annotated[int, typer.Option(help="Pixels of the shorter side at least.")] = 64,
+    unsafe: Annotated[float, typer.Option(help="Most probability of NSFW (punsafe).")] = 0.5,
+    watermark: Annotated[float, typer.Option(help="Most probability of a watermark (pwatermark).")] = 0.8,
+    similarity: Annotated[float, typer.Option(help="Least CLIP similarity of a pair.")] = 0.0,
+    license: Annotated[
+        list[str] | None, typer.Option(help="Keep this license only; may be repeated.")
+    ] = None,
+    ignore_opt_out: Annotated[bool, typer.Option("--ignore-opt-out", help="Take what says no, too.")] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Network to allow beyond public addresses, as 10.0.0.0/8.")
+    ] = None,
+    documents_per_shard: Annotated[int, typer.Option(min=1, help="Listed documents of a shard.")] = 1000,
+    as_json: Json = False,
+) -> Summary:
+    """Download lists of URLs (LAION, MMC4, OBELICS) to shards. Goes on where it was stopped."""
+    try:
+        from data_pipeline.download.run import Download, Filters, Limits, download
+    except ModuleNotFoundError as error:
+        raise DataError(f"downloads need {error.name}: pip install mmi-megatron[data-service]") from None
+    wanted = Download(
+        lists,
+        out,
+        Filters(unsafe, watermark, similarity, license or [], not ignore_opt_out),
+        limits=Limits(
+            connections, per_host, timeout, retries, max_bytes, smallest, opt_out=not ignore_opt_out
+        ),
+        allow=allow or [],
+        documents_per_shard=documents_per_shard,
+    )
+    with bar("documents") as progress:
+        return download(wanted, lambda documents: progress(documents, None))
+
+
 @app.command("index")
 @reported
 def index(
@@ -129,7 +174,7 @@ def index(
 
 
 @contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """A progress bar on stderr; yields what is to be called with the number done and the total."""
     columns = (
         TextColumn(what),

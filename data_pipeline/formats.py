@@ -180,10 +180,7 @@ class ShardWriter:
             self._finish()
         if self._tar is None:
             self._tar = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115 closed by _finish
-        for name, blob in members:
-            info = tarfile.TarInfo(f"{document.key}.{name}")
-            info.size = len(blob)
-            self._tar.addfile(info, io.BytesIO(blob))
+        _add(self._tar, document.key, members)
         self._held = (self._held[0] + 1, self._held[1] + size)
         self.summary.documents += 1
         self.summary.images += len(document.images)
@@ -201,6 +198,31 @@ class ShardWriter:
         self._partial.rename(self.folder / f"{self._shards:06d}.tar")
         self._shards += 1
         self._tar, self._held = None, (0, 0)
+
+
+def write_shard(path: Path, documents: Iterable[Document]) -> None:
+    """Write one shard, whole or not at all; none where there are no documents."""
+    partial = path.with_name(f".{path.stem}.partial")
+    count = 0
+    try:
+        with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
+            for document in documents:
+                _add(tar, document.key, members_of(document))
+                count += 1
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        if count:
+            partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _add(tar: tarfile.TarFile, key: str, members: list[tuple[str, bytes]]) -> None:
+    for name, blob in members:
+        info = tarfile.TarInfo(f"{key}.{name}")
+        info.size = len(blob)
+        tar.addfile(info, io.BytesIO(blob))
+    tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header it has written
 
 
 def members_of(document: Document) -> list[tuple[str, bytes]]:

@@ -56,7 +56,7 @@ def import_mmc4(folder: Path | str, out: Path | str, filters: Filters | None = N
         for file in files:
             for key, record, find in _records(file, drop):
                 try:
-                    yield _document(key, record, find, chosen, drop)
+                    yield build_document(key, record, find, chosen, drop)
                 except BadSample as bad:
                     drop(bad.reason)
 
@@ -106,7 +106,12 @@ def _beside(folder: Path, _: int, info: dict[str, Any]) -> bytes:
     return read_inside(folder, path if path.exists() else folder / name)
 
 
-def _document(key: str, record: Any, find: Find, filters: Filters, drop: Drop) -> Document:
+def build_document(key: str, record: Any, find: Find, filters: Filters, drop: Drop) -> Document:
+    """A document of a line of MMC4, filtered; what is left out of it is counted.
+
+    Raises:
+        BadSample: when it is none, or nothing of it is left.
+    """
     texts, infos, matrix = _checked(record)
     blobs: dict[int, bytes] = {}
     order = sorted(range(len(infos)), key=lambda n: (-_similarity(infos[n], matrix, n), n))
