@@ -30,7 +30,9 @@ class Ranks:
     """Processes started once and used for every layout; a call returns all ranks' results."""
 
     def __init__(self, most: int):
-        context = multiprocessing.get_context("spawn")
+        # One process imports what all ranks need, once for all pools, and every rank is a fork of it.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["mmi_megatron.parallel.model", "mmi_megatron.train.optimizer"])
         self.connections, self.processes = [], []
         for _ in range(most):
             here, there = context.Pipe()

@@ -1,0 +1,152 @@
+"""One model at any layout: gradients of every parameter at step 1, losses, gradient norms, replicas.
+
+A covering part of the layouts runs in ``make test``; all of them in ``make soak``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.matrix import MUTATIONS, Layout, Result, Steps, matrix_config, plain_gradients, run, story_steps
+from tests.ranks import Ranks
+
+STEPS = 10
+
+LAYOUTS = [
+    Layout("TP2", tensor=2),
+    Layout("TP2 images not divided", tensor=2, shard_images=False),
+    Layout("TP2 + SP", tensor=2, sequence=True),
+    Layout("TP2 + SP images not divided", tensor=2, sequence=True, shard_images=False),
+    Layout("TP4", tensor=4),
+    Layout("TP4 + SP", tensor=4, sequence=True),
+    Layout("PP2", pipeline=2),
+    Layout("PP2 last stage without layers", pipeline=2, stages=(4, 0)),
+    Layout("PP2 interleaved", pipeline=2, virtual=2),
+    Layout("PP2 interleaved, uneven", pipeline=2, virtual=2, stages=(1, 2, 1, 0)),
+    Layout("PP4", pipeline=4),
+    Layout("PP4 first stage without layers", pipeline=4, stages=(0, 2, 1, 1)),
+    Layout("TP2 x PP2", tensor=2, pipeline=2),
+    Layout("TP2 x PP2 + SP", tensor=2, pipeline=2, sequence=True),
+    Layout("TP2 x PP2 interleaved + SP", tensor=2, pipeline=2, virtual=2, sequence=True),
+    Layout("TP2 x PP2 + SP images not divided", tensor=2, pipeline=2, sequence=True, shard_images=False),
+    Layout("DP2", data=2, overlap=False),
+    Layout("DP2 overlapped", data=2),
+    Layout("DP4 overlapped", data=4),
+    Layout("TP2 x DP2", tensor=2, data=2),
+    Layout("TP2 x DP2 + SP", tensor=2, data=2, sequence=True),
+    Layout("PP2 x DP2", pipeline=2, data=2),
+    Layout("PP2 interleaved x DP2", pipeline=2, virtual=2, data=2),
+]
+SUBSET = {"TP2 x PP2 + SP", "PP2 interleaved", "TP2 x DP2"}
+"""What ``make test`` runs, by name: every group, both schedules, payload under both kinds of tensor
+parallelism, overlapped exchanges."""
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = Ranks(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory) -> tuple[Steps, int]:
+    return story_steps(tmp_path_factory.mktemp("story"), STEPS)
+
+
+class Reference:
+    """The single process's results, made once for each kind of training."""
+
+    def __init__(self, pool: Ranks, story: tuple[Steps, int]):
+        self.pool, (self.steps, self.vocabulary) = pool, story
+        self.plain: dict[bool, dict[str, torch.Tensor]] = {}
+        self.single: dict[tuple[bool, int], Result] = {}
+
+    def gradients(self, frozen: bool) -> dict[str, torch.Tensor]:
+        if frozen not in self.plain:
+            self.plain[frozen] = plain_gradients(matrix_config(frozen, self.vocabulary), self.steps)
+        return self.plain[frozen]
+
+    def record(self, frozen: bool, steps: int):
+        if (frozen, steps) not in self.single:
+            [self.single[frozen, steps]] = self.train(Layout("TP1"), frozen, steps)
+        return self.single[frozen, steps].record
+
+    def train(self, layout: Layout, frozen: bool, steps: int, mutation: str = "") -> list[Result]:
+        config = layout.apply(matrix_config(frozen, self.vocabulary))
+        given = Steps(self.steps.special, self.steps.batches[:steps])
+        return self.pool.run(layout.ranks, run, config, given, mutation)
+
+
+@pytest.fixture(scope="module")
+def reference(ranks, story) -> Reference:
+    return Reference(ranks, story)
+
+
+def assert_same_gradients(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """Each gradient to 1e-5 of its largest entry. A bias on the keys of an attention shifts all its
+    logits alike, so its gradient is zero but for rounding: it is only asked to stay that small."""
+    assert got.keys() == want.keys(), sorted(got.keys() ^ want.keys())[:6]
+    largest = {name: float(grad.abs().max()) for name, grad in want.items()}
+    rounding = 1e-6 * max(largest.values())
+    zero = {name for name, size in largest.items() if size < rounding}
+    assert all("key" in name and name.endswith("bias") for name in zero), f"no gradient: {sorted(zero)}"
+    for name, expected in want.items():
+        error = float((got[name] - expected).abs().max())
+        allowed = rounding if name in zero else 1e-5 * largest[name]
+        assert error < allowed, f"{name}: {error / largest[name]:.2e} of its largest entry"
+
+
+def assert_equal_replicas(results: list[Result]) -> None:
+    """Bit for bit: over data parallelism everything, over tensor parallelism what is not divided."""
+    seen: dict[tuple, str] = {}
+    for result in results:
+        tensor, pipeline, _ = result.place
+        for (name, divided), digest in result.parameters.items():
+            key = (pipeline, name, tensor if divided else None)
+            assert seen.setdefault(key, digest) == digest, f"{name} differs between replicas: {result.place}"
+
+
+def assert_same_run(results: list[Result], record, gradients) -> None:
+    for place in {result.place[0] for result in results}:
+        merged = {}
+        for result in results:
+            if result.place[0] == place and result.place[2] == 0:
+                merged |= result.gradients
+        assert_same_gradients(merged, gradients)
+    for result in results:
+        torch.testing.assert_close(torch.tensor(result.record), torch.tensor(record), atol=0, rtol=1e-5)
+    assert_equal_replicas(results)
+
+
+def check(reference: Reference, layout: Layout, frozen: bool, steps: int) -> None:
+    results = reference.train(layout, frozen, steps)
+    assert_same_run(results, reference.record(frozen, steps), reference.gradients(frozen))
+
+
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.name in SUBSET], ids=lambda x: x.name)
+def test_layout_trains_the_same_model(reference, layout):
+    check(reference, layout, frozen=layout.data > 1, steps=2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("frozen", [False, True], ids=["full", "frozen"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.name)
+def test_every_layout_trains_the_same_model(reference, layout, frozen):
+    check(reference, layout, frozen, STEPS)
+
+
+CATCHES = {
+    "dropped map gradient": (Layout("PP2", pipeline=2), "of its largest entry"),
+    "missing sum over tensor ranks": (Layout("TP2 + SP", tensor=2, sequence=True), "of its largest entry"),
+    "key by layout": (Layout("PP2", pipeline=2), "of its largest entry"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_what_is_broken_on_purpose_is_seen(reference, mutation):
+    layout, message = CATCHES[mutation]
+    results = reference.train(layout, False, 1, mutation)
+    with pytest.raises(AssertionError, match=message):
+        assert_same_run(results, reference.record(False, 2)[:1], reference.gradients(False))
