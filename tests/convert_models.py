@@ -77,6 +77,41 @@ def timm_clip(**changes: Any) -> nn.Module:
     return shaken(timm.create_model("vit_large_patch14_clip_quickgelu_224", **(settings | changes)))
 
 
+def qwen() -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(6)
+    settings = Qwen2Config(
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=TOKENS,
+        bos_token_id=1,
+        eos_token_id=2,
+        rope_theta=1e6,
+        initializer_range=0.1,
+    )
+    return shaken(Qwen2ForCausalLM(settings))
+
+
+TOWERS = {
+    "eva": ("eva02_large_patch14_clip_224", {"mlp_ratio": 2.0}),
+    "siglip": ("vit_large_patch16_siglip_256", {"mlp_ratio": 2.0}),
+}
+
+
+def tower(kind: str) -> nn.Module:
+    """A small EVA-02-CLIP or SigLIP tower of timm, with its pooling."""
+    import timm
+
+    torch.manual_seed(7)
+    name, more = TOWERS[kind]
+    sizes = {"img_size": SIDE, "patch_size": SIDE // GRID, "embed_dim": WIDTH, "depth": 2, "num_heads": 4}
+    return shaken(timm.create_model(name, num_classes=0, **sizes, **more))
+
+
 def save_timm(model: nn.Module, folder: Path, safe: bool = True) -> None:
     from timm.models import save_for_hf
 

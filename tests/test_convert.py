@@ -228,6 +228,58 @@ def test_stable_diffusion_comes_back_equal(checkpoints, tmp_path):
     assert scheduler.config.prediction_type == "v_prediction" and scheduler.config.beta_start == 0.001
 
 
+# Relatives
+
+
+@torch.no_grad()
+def test_qwen2(tmp_path):
+    """Biases of queries, keys and values, in and out; run by the plain language model."""
+    from transformers import Qwen2ForCausalLM
+
+    from mmi_megatron.model.language_model import LanguageModel, Visibility
+
+    wanted = models.qwen()
+    wanted.save_pretrained(tmp_path / "in")
+    plan = conversion("hf-llama", tmp_path / "in", MULTIPLE)
+    write(plan, tmp_path / "out", Layout(2, 2))
+    opened = export.open_checkpoint(str(tmp_path / "out"))
+    ours = LanguageModel(plan.language, 0, (), 0, 0)
+    ours.load_state_dict({name: opened.stored[f"language_model.{name}"] for name in ours.state_dict()})
+    tokens = inputs()["tokens"]
+    sees = Visibility(torch.arange(17), [0, 17], torch.zeros(17, 2, dtype=torch.int32))
+    logits = ours.logits(ours(ours.embed(tokens), sees, None))[:, : models.TOKENS]
+    expected = wanted(tokens[None]).logits[0]
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    export.export_llm(opened, tmp_path / "back")
+    same(Qwen2ForCausalLM.from_pretrained(tmp_path / "back").state_dict(), wanted.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["eva", "siglip"])
+def test_other_towers(tmp_path, kind):
+    """Run by the tower that the visual tokenizer builds, and back to timm, without its pooling."""
+    import timm
+
+    from mmi_megatron.model.vision_towers import build_vit
+
+    wanted = models.tower(kind)
+    models.save_timm(wanted, tmp_path / "in")
+    report = write(conversion("timm-clip", tmp_path / "in"), tmp_path / "out", Layout())
+    left = [name for row in report.rows if not row.ours for name in row.theirs]
+    assert bool(left) == (kind == "siglip") and all(name.startswith("attn_pool.") for name in left)
+    opened = export.open_checkpoint(str(tmp_path / "out"))
+    assert opened.model.vision.tower == kind
+    ours = build_vit(opened.model.vision).eval()
+    ours.load_state_dict({name: opened.stored[f"visual_tokenizer.vit.{name}"] for name in ours.state_dict()})
+    images = inputs()["images"]
+    assert torch.equal(ours.forward_features(images), wanted.forward_features(images))
+    export.export_vision(opened, tmp_path / "back", "timm")
+    back = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True).eval()
+    assert torch.equal(back.forward_features(images), wanted.forward_features(images))
+    with pytest.raises(ConvertError, match="only CLIP's tower"):
+        export.export_vision(opened, tmp_path / "hf")
+
+
 # What the command line says and writes
 
 

@@ -25,7 +25,7 @@ from mmi_megatron.convert.start import resolve
 from mmi_megatron.convert.target import Group, write_bin, write_safetensors
 from mmi_megatron.model.image_decoder import build_vae
 from mmi_megatron.model.unet_mmfs import build_unet
-from mmi_megatron.model.visual_tokenizer import build_vit
+from mmi_megatron.model.vision_towers import build_vit
 from mmi_megatron.settings import build, load_config
 from mmi_megatron.train.checkpoint_reader import open_run
 from mmi_megatron.train.storage import Folder
@@ -185,7 +185,7 @@ def _json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def export_llm(checkpoint: Checkpoint, out: Path) -> Report:
-    """Write a folder that transformers' LlamaForCausalLM loads.
+    """Write a folder that transformers' LlamaForCausalLM loads, or, with biases, Qwen2ForCausalLM.
 
     MMFS and what is trained of the image tokens have no place in it; the report lists them.
 
@@ -217,11 +217,16 @@ def export_vision(checkpoint: Checkpoint, out: Path, layout: str = "hf") -> Repo
     """
     config = checkpoint.model.vision
     with torch.device("meta"):
-        targets = {VIT + name: tensor for name, tensor in build_vit(config).state_dict().items()}
+        tower: Any = build_vit(config)
+        targets = {VIT + name: tensor for name, tensor in tower.state_dict().items()}
     if layout == "timm":
         table = vision.timm_table([name.removeprefix(VIT) for name in targets]).under(VIT, "")
         settings = vision.timm_config(config)
     elif layout == "hf":
+        if config.tower != "clip":
+            raise ConvertError(
+                f"--vision-format hf: only CLIP's tower; write this one, {config.tower}, for timm"
+            )
         table = vision.hf_clip_table(config.layers).under(VIT, "")
         settings = vision.hf_clip_config(config, _dtype_name(checkpoint, VIT))
     else:

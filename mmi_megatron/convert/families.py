@@ -20,12 +20,22 @@ from mmi_megatron.convert.source import Source
 from mmi_megatron.model.image_decoder import build_vae
 from mmi_megatron.model.language_model import LanguageModel
 from mmi_megatron.model.unet_mmfs import build_unet
-from mmi_megatron.model.visual_tokenizer import build_vit
+from mmi_megatron.model.vision_towers import build_vit
 from mmi_megatron.params import build_on_meta
 from mmi_megatron.settings import load_config
 
-LANGUAGE_KEYS = ("width", "layers", "heads", "kv_heads", "ffn", "norm_eps", "rope_theta", "vocabulary")
-VISION_KEYS = ("image_size", "patch_size", "width", "layers", "heads", "ffn", "quick_gelu")
+LANGUAGE_KEYS = (
+    "width",
+    "layers",
+    "heads",
+    "kv_heads",
+    "ffn",
+    "norm_eps",
+    "rope_theta",
+    "qkv_bias",
+    "vocabulary",
+)
+VISION_KEYS = ("tower", "image_size", "patch_size", "width", "layers", "heads", "ffn", "quick_gelu")
 VIT, LANGUAGE, DECODER = "visual_tokenizer.vit.", "language_model.", "image_decoder."
 
 
@@ -124,7 +134,8 @@ def timm_clip(path: Path, options: Options) -> Conversion:
     source = Sources({"": Source(path)})
     config = vision.timm_settings(_config(path / "config.json"), path / "config.json")
     with torch.device("meta"):
-        table = vision.timm_table(list(build_vit(config).state_dict()))
+        tower: Any = build_vit(config)
+        table = vision.timm_table(list(tower.state_dict()))
     return _tower(f"timm-clip {path}", source, config, table, options, vision.TIMM_LEFT_OUT)
 
 
@@ -133,9 +144,11 @@ def _tower(
 ) -> Conversion:
     wanted = replace(config, image_size=options.image_size or config.image_size)
     with torch.device("meta"):
-        stored, targets = _shapes(build_vit(config)), _shapes(build_vit(wanted), VIT)
-    position = vision.POSITIONS
-    table = vision.resized(table, position, stored[position], targets[VIT + position]).under(VIT, "")
+        tower: Any = build_vit(config)
+        resized: Any = build_vit(wanted)
+        stored, targets = _shapes(tower), _shapes(resized, VIT)
+    position, prefix = vision.POSITIONS, tower.num_prefix_tokens
+    table = vision.resized(table, position, stored[position], targets[VIT + position], prefix).under(VIT, "")
     return Conversion(
         what, source, table, targets, {"vision": _picked(wanted, VISION_KEYS)}, left_out=left_out
     )

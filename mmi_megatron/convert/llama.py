@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from data_pipeline.errors import DataError
 from data_pipeline.tokens import load_tokenizer
 from mmi_megatron.config import LanguageConfig, MMFSConfig
 from mmi_megatron.convert.rules import ConvertError, Rule, Table, grown, rename
 from mmi_megatron.model.language_model import padded_vocabulary
 
-FAMILIES = ("llama", "mistral")
+FAMILIES = ("llama", "mistral", "qwen2")
 """``model_type`` of the models that are LLaMA's in everything that their configuration can say here."""
 
 REFUSED = {
@@ -60,6 +61,7 @@ def language_settings(config: Mapping[str, Any], where: Path, multiple: int = 12
             rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
             vocabulary=config["vocab_size"] + IMAGE_TOKENS,
             vocabulary_multiple=multiple,
+            qkv_bias=family == "qwen2",
             mmfs=MMFSConfig(kind="none"),
             train_image_tokens=False,
         )
@@ -85,7 +87,10 @@ def check_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[int, str]:
             raise ConvertError(f"{folder / 'config.json'}: {key} {value} is outside of {rows} tokens")
     if not (folder / "tokenizer.json").is_file():
         return IMAGE_TOKENS, f"no tokenizer.json beside the weights: BoI taken to be {rows}"
-    tokenizer = load_tokenizer(folder)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DataError as error:  # of another kind; a run asks for one that fits
+        return IMAGE_TOKENS, f"{error}: BoI taken to be {rows}"
     special = tokenizer.special
     for key, found in (("bos_token_id", special.bos), ("eos_token_id", special.eos)):
         if isinstance(config.get(key), int) and config[key] != found:
@@ -104,8 +109,11 @@ def layers_table(config: LanguageConfig) -> Table:
     parts = ["input_layernorm", "post_attention_layernorm"]
     parts += [f"self_attn.{projection}_proj" for projection in "qkvo"]
     parts += [f"mlp.{projection}_proj" for projection in ("gate", "up", "down")]
+    tensors = [f"{part}.weight" for part in parts]
+    if config.qkv_bias:
+        tensors += [f"self_attn.{projection}_proj.bias" for projection in "qkv"]
     for layer in range(config.layers):
-        rules += [rename(name, name) for name in (f"layers.{layer}.{part}.weight" for part in parts)]
+        rules += [rename(name, name) for name in (f"layers.{layer}.{tensor}" for tensor in tensors)]
     return Table(rules, legacy=rotary_table(config))
 
 
@@ -141,11 +149,12 @@ def llama_table(config: LanguageConfig, text_rows: int, tied: bool = False) -> T
 def llama_config(
     config: LanguageConfig, text_rows: int, context: int, bos: int, eos: int, dtype: str
 ) -> dict[str, Any]:
-    """A ``config.json`` for transformers' LlamaForCausalLM."""
-    from transformers import LlamaConfig
+    """A ``config.json`` for transformers' LlamaForCausalLM, or, with biases, Qwen2ForCausalLM."""
+    from transformers import LlamaConfig, Qwen2Config
 
-    made = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
+    kind = Qwen2Config if config.qkv_bias else LlamaConfig
+    made = kind(
+        architectures=["Qwen2ForCausalLM" if config.qkv_bias else "LlamaForCausalLM"],
         hidden_size=config.width,
         intermediate_size=config.ffn,
         num_hidden_layers=config.layers,

@@ -10,12 +10,14 @@ from typing import Any
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from mmi_megatron.config import VisionConfig
 from mmi_megatron.convert.released import clip_table
 from mmi_megatron.convert.rules import ConvertError, Rule, Table, rename
-from mmi_megatron.model.visual_tokenizer import CLIP_MEAN, CLIP_STD, VIT_NORM_EPS
+from mmi_megatron.model.vision_towers import KINDS, VIT_NORM_EPS, build_vit
 
 POSITIONS = "pos_embed"
 CLIP_DEFAULTS: dict[str, Any] = {"image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu"}
@@ -26,7 +28,7 @@ HF_LEFT_OUT = {
     r"visual_projection\.": "of the contrastive head",
     r"(vision_model\.)?embeddings\.position_ids$": "0, 1, 2, ...",
 }
-TIMM_LEFT_OUT = {r"(head|fc_norm|head_drop)\.": "of the classifier"}
+TIMM_LEFT_OUT = {r"(head|fc_norm|head_drop)\.": "of the classifier", r"attn_pool\.": "of the pooling"}
 
 
 def hf_clip_settings(config: Mapping[str, Any], where: Path) -> VisionConfig:
@@ -88,7 +90,7 @@ def timm_settings(config: Mapping[str, Any], where: Path) -> VisionConfig:
     """Our settings from the ``config.json`` that timm writes, by building the model without memory.
 
     Raises:
-        ConvertError: for an architecture that timm or this tower does not know.
+        ConvertError: for an architecture that timm does not know or that is none of our towers.
     """
     name = config.get("architecture", "")
     arguments = {**config.get("model_args", {}), "num_classes": 0}
@@ -100,37 +102,52 @@ def timm_settings(config: Mapping[str, Any], where: Path) -> VisionConfig:
             model: Any = timm.create_model(name, pretrained=False, **arguments)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConvertError(f"{where}: timm cannot build {name!r}: {error}") from None
-    if not isinstance(model, timm.models.VisionTransformer):
+    if not isinstance(model, VisionTransformer | Eva):
         raise ConvertError(f"{where}: {name!r} is no VisionTransformer of timm")
-    block, norm = model.blocks[0], model.norm
-    activation = _activation(block.mlp.act)
-    if isinstance(model.norm_pre, nn.Identity) or activation is None or norm.eps != VIT_NORM_EPS:
-        raise ConvertError(f"{where}: {name!r} is no image tower of CLIP as timm has it")
-    return VisionConfig(
+    block = model.blocks[0]
+    found = VisionConfig(
+        tower="eva" if isinstance(model, Eva) else "clip" if model.num_prefix_tokens else "siglip",
         image_size=model.patch_embed.img_size[0],
         patch_size=model.patch_embed.patch_size[0],
         width=model.embed_dim,
         layers=len(model.blocks),
         heads=block.attn.num_heads,
-        ffn=block.mlp.fc1.out_features,
-        quick_gelu=activation,
+        ffn=block.mlp.fc2.in_features,
+        quick_gelu=type(block.mlp.act).__name__ == "QuickGELU",
     )
+    try:
+        with torch.device("meta"):
+            ours = build_vit(found)
+    except ValueError as error:
+        raise ConvertError(f"{where}: {name!r}: {error}") from None
+    if _kinds(model) != _kinds(ours):
+        raise ConvertError(
+            f"{where}: {name!r} is no image tower of CLIP, EVA-02-CLIP or SigLIP as timm has it"
+        )
+    return found
 
 
-def _activation(module: nn.Module) -> bool | None:
-    """Whether it is the quick GELU; None for something else."""
-    named = {"QuickGELU": True, "QuickGELUTanh": None, "GELU": False}
-    return named.get(type(module).__name__)
+def _kinds(tower: Any) -> list[tuple[str, str, Any]]:
+    """Kind of every module that a token passes through, with the epsilon of norms: what shapes do not
+    tell of a tower."""
+    parts = [("norm_pre", tower.norm_pre), ("norm", tower.norm), *tower.blocks[0].named_modules()]
+    kinds = {"LayerNormFp32": "LayerNorm"}
+    return [
+        (name, kinds.get(type(part).__name__, type(part).__name__), getattr(part, "eps", None))
+        for name, part in parts
+    ]
 
 
 def timm_config(config: VisionConfig) -> dict[str, Any]:
-    """A ``config.json`` for timm: CLIP's ViT of the same patch with this tower's sizes."""
-    name = f"vit_large_patch14_clip_{'quickgelu_' if config.quick_gelu else ''}224"
-    size = [3, config.image_size, config.image_size]
+    """A ``config.json`` for timm: an architecture of the same kind with this tower's sizes."""
+    names = {"eva": "eva02_large_patch14_clip_224", "siglip": "vit_large_patch16_siglip_256"}
+    clip = f"vit_large_patch14_clip_{'quickgelu_' if config.quick_gelu else ''}224"
+    kind = KINDS[config.tower]
     return {
-        "architecture": name,
+        "architecture": names.get(config.tower, clip),
         "num_classes": 0,
         "num_features": config.width,
+        "global_pool": "token" if config.tower == "clip" else "",
         "model_args": {
             "img_size": config.image_size,
             "patch_size": config.patch_size,
@@ -138,12 +155,13 @@ def timm_config(config: VisionConfig) -> dict[str, Any]:
             "depth": config.layers,
             "num_heads": config.heads,
             "mlp_ratio": (config.ffn + 0.5) / config.width,
+            "global_pool": "token" if config.tower == "clip" else "",
         },
         "pretrained_cfg": {
-            "input_size": size,
+            "input_size": [3, config.image_size, config.image_size],
             "fixed_input_size": True,
-            "mean": list(CLIP_MEAN),
-            "std": list(CLIP_STD),
+            "mean": list(kind.mean),
+            "std": list(kind.std),
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "num_classes": 0,
@@ -156,30 +174,31 @@ def timm_table(names: list[str]) -> Table:
     return Table([rename(name, name) for name in names])
 
 
-def resized(table: Table, ours: str, stored: Tensor, wanted: Tensor) -> Table:
+def resized(table: Table, ours: str, stored: Tensor, wanted: Tensor, prefix: int = 1) -> Table:
     """The table with the position embedding resized while loading, for images of another size.
 
     Args:
         table: of names.
         ours: name of the position embedding.
-        stored, wanted: theirs after renaming, and ours, without values: [1, 1 + grid * grid, C].
+        stored, wanted: theirs after renaming, and ours, without values: [1, prefix + grid * grid, C].
+        prefix: tokens in front of the patches.
     """
     if stored.shape == wanted.shape:
         return table
-    side = math.isqrt(wanted.shape[1] - 1)
+    side = math.isqrt(wanted.shape[1] - prefix)
     rules = []
     for rule in table.rules:
         if rule.ours == ours:
-            rule = _resized(rule, stored, side)
+            rule = _resized(rule, stored, side, prefix)
         rules.append(rule)
     return Table(rules, table.constants, table.ours_only, table.legacy)
 
 
-def _resized(rule: Rule, stored: Tensor, side: int) -> Rule:
-    load, save, old = rule.load, rule.save, math.isqrt(stored.shape[1] - 1)
+def _resized(rule: Rule, stored: Tensor, side: int, prefix: int) -> Rule:
+    load, save, old = rule.load, rule.save, math.isqrt(stored.shape[1] - prefix)
 
     def resize(tensors: list[Tensor]) -> Tensor:
-        return resample_abs_pos_embed(load(tensors), [side, side], [old, old], num_prefix_tokens=1)
+        return resample_abs_pos_embed(load(tensors), [side, side], [old, old], num_prefix_tokens=prefix)
 
     def shape(_: Tensor) -> list[Tensor]:
         return save(stored)
