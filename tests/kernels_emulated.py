@@ -98,8 +98,8 @@ def emulated() -> Iterator[None]:
 
 
 @contextmanager
-def changed_kernels(folder: Path, file: str, old: str, new: str) -> Iterator[None]:
-    """Inside, the emulation runs float32 kernels in whose source ``old`` reads ``new``.
+def changed_kernels(folder: Path, value_type: str, file: str, old: str, new: str) -> Iterator[None]:
+    """Inside, the emulation runs kernels for one type of value in whose source ``old`` reads ``new``.
 
     Raises:
         ValueError: ``old`` does not occur exactly once.
@@ -111,7 +111,7 @@ def changed_kernels(folder: Path, file: str, old: str, new: str) -> Iterator[Non
     if text.count(old) != 1:
         raise ValueError(f"{file}: {text.count(old)} places read {old!r}, expected one")
     source.write_text(text.replace(old, new))
-    changed = compile_kernels(sources, folder, ("f32",), register=False)
+    changed = compile_kernels(sources, folder, (value_type,), register=False)
     own = loaded()
     if own.mmi_emulated_use(os.fsencode(changed)) != 1:
         raise RuntimeError(f"{changed} does not load")

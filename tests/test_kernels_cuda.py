@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mmi_kernels import mmfs_attention, ms_deform_attn
-from mmi_kernels.build import BuildError
+from mmi_kernels import library, mmfs_attention, ms_deform_attn
 from tests import kernels_emulated, test_kernels_deform
 from tests.test_kernels_mmfs import LEVELS, TOLERANCE, cases
 from tests.test_kernels_oracle import Case, oracle_deform
@@ -37,10 +36,15 @@ def on(device: str, function: Callable) -> Callable:
 
 
 @contextmanager
-def operators(where: str, deterministic: bool = False) -> Iterator[tuple[Callable, Callable]]:
-    """(mmfs_attention, ms_deform_attn) by the CUDA kernels."""
+def operators(where: str, deterministic: bool = False, tier: int = 0) -> Iterator[tuple[Callable, Callable]]:
+    """(mmfs_attention, ms_deform_attn) by the CUDA kernels.
+
+    Tiers: 0 as the rule says, 1 the first alone, 2 the second wherever it can run.
+    """
     before = torch.are_deterministic_algorithms_enabled()
+    native = library._State.handle if where == "gpu" else kernels_emulated.loaded()
     torch.use_deterministic_algorithms(deterministic)
+    native.mmi_set_device_tier(tier)
     try:
         if where == "gpu":
             yield on("cuda", mmfs_attention), on("cuda", ms_deform_attn)
@@ -48,6 +52,7 @@ def operators(where: str, deterministic: bool = False) -> Iterator[tuple[Callabl
             with kernels_emulated.emulated():
                 yield mmfs_attention, ms_deform_attn
     finally:
+        native.mmi_set_device_tier(0)
         torch.use_deterministic_algorithms(before)
 
 
@@ -66,8 +71,8 @@ def compare(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: fl
         assert error <= tolerance * scale, f"{name}: error {error:.2e}, scale {scale:.2e}"
 
 
-def check(case: Case, where: str, deterministic: bool = False) -> None:
-    with operators(where, deterministic) as (mmfs, _):
+def check(case: Case, where: str, deterministic: bool = False, tier: int = 0) -> None:
+    with operators(where, deterministic, tier) as (mmfs, _):
         found = case.run(mmfs)
     compare(found, case.expected(), TOLERANCE[case.dtype])
 
@@ -206,22 +211,110 @@ def test_strides_do_not_matter(where):
             assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-@pytest.mark.parametrize("where", WHERE)
-def test_deterministic_algorithms_give_the_same_bits(where):
-    """Threads run in another order each time; without the mode, sums of atomics show it."""
-    case = Case(
-        queries=60, groups=2, heads=1, channels=16, images=2, shapes=((2, 2),), dtype=torch.float32
+@st.composite
+def second_tier_cases(draw) -> Case:
+    """Channels in eights, queries around a tile's 64, levels around a piece's 64 pixels."""
+    queries_a_group = draw(st.sampled_from([0, 1, 3, 16, 64, 65]))
+    groups = draw(st.integers(1, 3)) if queries_a_group > 3 else draw(st.sampled_from([1, 5, 70]))
+    return Case(
+        images=draw(st.sampled_from([0, 1, 3])),
+        shapes=draw(
+            st.sampled_from([((4, 4),), ((9, 8), (3, 4)), ((8, 8), (1, 5)), ((17, 13), (4, 4), (2, 2))])
+        ),
+        queries=queries_a_group * groups,
+        groups=groups,
+        heads=draw(st.integers(1, 2)),
+        channels=draw(st.sampled_from([8, 24, 64])),
+        points=draw(st.sampled_from([1, 3, 8, 9])),
+        rows=draw(st.sampled_from([1, 3, 5])),
+        base=draw(st.sampled_from([3.0, 16.0])),
+        sink=draw(st.booleans()),
+        with_sink_value=draw(st.booleans()),
+        one_reference=draw(st.booleans()),
+        spread=draw(st.sampled_from([0.5, 4.0, 40.0])),
+        seed=draw(st.integers(0, 10**6)),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32])),
     ).drawn()
+
+
+@pytest.mark.parametrize("where", WHERE)
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(case=second_tier_cases(), deterministic=st.booleans())
+def test_second_tier(where, case, deterministic):
+    check(case, where, deterministic, tier=2)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.3, 30.0])
+@pytest.mark.parametrize(("group_size", "channels"), [(256, 12), (100, 7)])
+def test_windows_of_a_grid_of_queries(where, dtype, spread, group_size, channels):
+    """8 x 8 tiles of a square grid, and runs of queries where there is none; samples inside and outside."""
+    case = Case(
+        queries=2 * group_size, groups=2, heads=1, channels=channels, points=2, images=2, shapes=((20, 18),),
+        base=20.0, spread=spread, dtype=dtype,
+    ).drawn()  # fmt: skip
+    case.tensors["visible"] = torch.tensor([[0, 2], [1, 2]]).int()
+    expected = case.run(mmfs_attention)  # the CPU's kernels: the oracle's loops take too long here
+    with operators(where, tier=2) as (mmfs, _):
+        found = case.run(mmfs)
+    compare(found, {name: tensor.double() for name, tensor in expected.items()}, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("queries", [5, 66])
+def test_second_tier_of_the_general_operator(where, deterministic, queries):
+    shapes = ((9, 8), (3, 4))
+    tensors = test_kernels_deform.draw(1, 2, queries, 2, 32, shapes, 3, torch.bfloat16)
+    widened = {name: tensor.double() for name, tensor in tensors.items()}
+    expected = test_kernels_deform.run(oracle_deform, widened, shapes)
+    with operators(where, deterministic, tier=2) as (_, deform):
+        found = test_kernels_deform.run(deform, tensors, shapes)
+    compare(found, expected, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_tensor_cores_are_exact_where_the_numbers_are(where):
+    """Samples on quarters of pixels, weights powers of two, small integers: no rounding anywhere."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*shape: int, low: int = -4, high: int = 5) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator).double()
+
+    shapes = ((8, 8), (4, 16))
+    locations = integers(1, 70, 1, 2, 2, 2, low=-4, high=36) / 32
+    locations[:, :, :, 1] = integers(1, 70, 1, 2, 2, low=-8, high=72) / 64
+    tensors = {
+        "value": integers(1, 128, 1, 16).bfloat16(),
+        "sampling_locations": locations.float(),
+        "attention_weights": 2.0 ** -integers(1, 70, 1, 2, 2, low=0, high=2).float(),
+        "grad": integers(1, 70, 16, low=-1, high=2).bfloat16(),
+    }
+    with operators(where, tier=2) as (_, deform):
+        second = test_kernels_deform.run(deform, tensors, shapes)
+    with operators(where, tier=1) as (_, deform):
+        first = test_kernels_deform.run(deform, tensors, shapes)
+    for name, tensor in first.items():
+        assert torch.equal(second[name], tensor), name
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(("tier", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
+def test_deterministic_algorithms_give_the_same_bits(where, tier, dtype):
+    """Threads run in another order each time; without the mode, sums of atomics show it."""
+    case = Case(queries=70, groups=2, heads=1, channels=16, images=2, shapes=((2, 2),), dtype=dtype).drawn()
     case.tensors["visible"] = torch.tensor([[0, 2], [0, 2]]).int()
 
-    def runs(deterministic: bool) -> list[dict[str, Tensor]]:
-        with operators(where, deterministic) as (mmfs, _):
+    def runs(deterministic: bool, tier: int) -> list[dict[str, Tensor]]:
+        with operators(where, deterministic, tier) as (mmfs, _):
             return [case.run(mmfs) for _ in range(4)]
 
-    first, *others = runs(True)
+    first, *others = runs(True, tier)
     assert all(torch.equal(other[name], tensor) for other in others for name, tensor in first.items())
-    first, *others = runs(False)
-    assert any(not torch.equal(other["value"], first["value"]) for other in others)
+    if dtype == torch.float32:
+        first, *others = runs(False, 1)
+        assert any(not torch.equal(other["value"], first["value"]) for other in others)
 
 
 def test_the_kernels_check_what_they_are_given():
@@ -247,20 +340,41 @@ def test_the_kernels_check_what_they_are_given():
         torch.ops.mmi_kernels_emulated.mmfs_forward(t["value"], flat[:2], *given, case.base, True)
 
 
+COMPLETE = "__syncthreads();  // what the batch holds is complete"
 CHANGES = {
-    "a barrier": ("owner.cuh", "__syncthreads();  // what the batch holds is complete", "", "race|NaN|error"),
-    "a bounds mask": ("sampling.cuh", "if (channel + i < channels) loaded", "loaded", "index"),
+    "a barrier": ("f32", 1, "owner.cuh", COMPLETE, "", "race"),
+    "agreement on a barrier": (
+        "f32",
+        1,
+        "owner.cuh",
+        COMPLETE,
+        f"if (index < samples) {COMPLETE}",
+        "barrier|stuck",
+    ),
+    "a bounds mask": ("f32", 1, "sampling.cuh", "if (channel + i < channels) loaded", "loaded", "index"),
     "an atomic": (
+        "f32",
+        1,
         "gather.cuh",
         "atomic_add_vector<UNIT>(p.added_value, to + i, part);",
         "for (int j = 0; j < UNIT; ++j) p.added_value[to + i + j] += part[j];",
         "race",
     ),
-    "agreement on a barrier": (
-        "owner.cuh",
-        "__syncthreads();  // what the batch holds is complete",
-        "if (index < samples) __syncthreads();",
-        "barrier|stuck",
+    "an atomic of a window": (
+        "f32",
+        2,
+        "window.cuh",
+        "atomic_add(window, near + i, share * g[i]);",
+        "window[near + i] += share * g[i];",
+        "race",
+    ),
+    "a barrier between matrices": (
+        "bf16",
+        2,
+        "matrix.cuh",
+        "__syncthreads();  // dW is complete, the values have been read",
+        "",
+        "race",
     ),
 }
 
@@ -268,30 +382,23 @@ CHANGES = {
 @pytest.mark.parametrize("what", list(CHANGES))
 def test_the_emulation_misses(what, tmp_path):
     """A kernel without one of the things that keep it correct fails the comparison."""
-    file, old, new, words = CHANGES[what]
-    case = Case(channels=7, queries=8, groups=2, dtype=torch.float32).drawn()
+    value_type, tier, file, old, new, words = CHANGES[what]
+    dtype, channels = (torch.float32, 7) if value_type == "f32" else (torch.bfloat16, 8)
+    case = Case(channels=channels, queries=8, groups=2, dtype=dtype).drawn()
     case.tensors["visible"] = torch.tensor([[0, 3], [0, 2]]).int()
     deterministic = file == "owner.cuh"
-    check(case, "emulated", deterministic)
+    check(case, "emulated", deterministic, tier)
     with (
-        kernels_emulated.changed_kernels(tmp_path, file, old, new),
-        pytest.raises((RuntimeError, AssertionError), match=words),
+        kernels_emulated.changed_kernels(tmp_path, value_type, file, old, new),
+        pytest.raises(RuntimeError, match=words),
     ):
-        check(case, "emulated", deterministic)
-    check(case, "emulated", deterministic)
+        check(case, "emulated", deterministic, tier)
+    check(case, "emulated", deterministic, tier)
 
 
 def test_a_change_must_fit_the_source(tmp_path):
     with (
         pytest.raises(ValueError, match="0 places"),
-        kernels_emulated.changed_kernels(tmp_path, "owner.cuh", "?!", ""),
+        kernels_emulated.changed_kernels(tmp_path, "f32", "owner.cuh", "?!", ""),
     ):
         pass
-
-
-def test_a_compiler_is_there():
-    """The emulation is compiled by the compiler that builds the CPU kernels."""
-    try:
-        kernels_emulated.loaded()
-    except BuildError as error:
-        pytest.fail(str(error))

@@ -91,6 +91,15 @@ __device__ __forceinline__ void atomic_add_vector(Array<A> to, int64_t i, const 
   }
 }
 
+// Two adjacent 16-bit numbers, the first of them at an even place.
+template <typename T>
+__device__ __forceinline__ uint32_t load_pair(Array<T> from, int64_t i) {
+  return *reinterpret_cast<const uint32_t*>(from + i);
+}
+
+// A barrier that tells whether any thread of the block says so.
+__device__ __forceinline__ bool any_thread(bool says) { return __syncthreads_or(says); }
+
 // D[16, 8] += A[16, 16] B[16, 8], spread over a warp as mma.sync.m16n8k16 wants it.
 template <typename T>
 __device__ __forceinline__ void matrix_multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

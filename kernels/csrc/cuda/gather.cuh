@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kThreads, UNIT == 1 ? 3 : 4) gather_forward(co
 
   A sum[kVector<T>] = {};
   RunningSoftmax<A> softmax{FUSED && !p.sink ? -A(INFINITY) : A(0), 0};
-  if (p.partial) {  // the second tier has been here: the softmax is known
-    softmax.peak = p.stats[q * p.heads + head];
+  if (p.partial) {  // the second tier has been here
+    if (FUSED) softmax.peak = p.stats[q * p.heads + head];
     for (int i = 0; i < kVector<T>; ++i)
       if (channel + i < p.channels) sum[i] = p.partial[at_out + i];
   }

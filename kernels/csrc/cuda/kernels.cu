@@ -1,7 +1,9 @@
 // Launches the kernels for one type of value; compiled once a type, with MMI_TYPE f32, f64, bf16 or
 // f16.
 #include "gather.cuh"
+#include "matrix.cuh"
 #include "owner.cuh"
+#include "window.cuh"
 
 namespace mmi {
 namespace {
@@ -21,7 +23,7 @@ int64_t blocks_for(int64_t items, int64_t a_block) { return (items + a_block - 1
 // Calls run(unit, levels) with compile-time numbers: the kernels of the model's shapes, and one that
 // takes any. Doubles are for checks and have that one alone.
 template <typename F>
-void specialise(const Problem& p, F run) {
+void specialise(const DeviceProblem& p, F run) {
   using std::integral_constant;
   const int unit = unit_of<T>(p);
   if constexpr (sizeof(T) < 8) {
@@ -35,18 +37,59 @@ void specialise(const Problem& p, F run) {
   return run(integral_constant<int, 1>(), integral_constant<int, 0>());
 }
 
+int64_t tiles_of(int64_t queries) { return blocks_for(queries, kTile); }
+
+// The second tier's kernels exist for 16-bit values.
 template <bool FUSED>
-void forward(const Problem& p, Stream stream) {
+void matrix_levels_forward(const DeviceProblem& p, const Arguments<T, A>& a, Stream stream) {
+  if constexpr (sizeof(T) == 2) {
+    if constexpr (FUSED)
+      launch(measure_softmax<T>, blocks_for(p.queries * p.heads, kThreads / a.lanes), kThreads, 0, stream, a);
+    launch(matrix_forward<T, FUSED>, tiles_of(p.queries) * p.heads, kThreads, matrix_bytes(0), stream, a);
+  }
+}
+
+template <bool FUSED>
+void matrix_levels_backward(const DeviceProblem& p, const Arguments<T, A>& a, Stream stream) {
+  if constexpr (sizeof(T) == 2) {
+    int64_t pieces = 0;
+    for (int l = 0; l < p.levels; ++l)
+      if (p.matrix_levels >> l & 1) pieces += blocks_for(int64_t(p.width[l]) * p.height[l], kTile);
+    const int64_t blocks = pieces * p.images * p.heads;
+    if (blocks && (p.added_value || p.owned_value))
+      launch(matrix_backward_value<T, FUSED>, blocks, kThreads, matrix_bytes(0), stream, a, pieces);
+    if (p.queries && p.grad_logits)
+      launch(matrix_backward_query<T, FUSED>, tiles_of(p.queries) * p.heads, kThreads, matrix_bytes(p.points), stream,
+             a);
+  }
+}
+
+void window_levels_backward(const DeviceProblem& p, const Arguments<T, A>& a, Stream stream) {
+  if constexpr (sizeof(T) < 8) {
+    int64_t side = 0, windows = 0;
+    while ((side + 1) * (side + 1) <= p.group_size) ++side;
+    if (side * side != p.group_size || side % kSide) side = 0;
+    for (int l = 0; l < p.levels; ++l) windows += p.window_levels >> l & 1;
+    const int64_t tiles = blocks_for(p.group_size, kSide * kSide);
+    const int64_t blocks = p.groups * tiles * p.heads * windows;
+    if (blocks)
+      launch(window_backward<T>, blocks, kThreads, window_bytes(p.channels), stream, a, tiles, side, int(windows));
+  }
+}
+
+template <bool FUSED>
+void forward(const DeviceProblem& p, Stream stream) {
   const Arguments<T, A> a = arguments<T, A>(p);
   const int64_t groups = p.queries * p.heads * a.pieces;
   if (groups == 0) return;
+  if (p.matrix_levels) matrix_levels_forward<FUSED>(p, a, stream);
   specialise(p, [&](auto unit, auto levels) {
     launch(gather_forward<T, A, unit, levels, FUSED>, blocks_for(groups, kThreads / a.lanes), kThreads, 0, stream, a);
   });
 }
 
 template <bool FUSED>
-void owner(const Problem& p, const Arguments<T, A>& a, Stream stream) {
+void owner(const DeviceProblem& p, const Arguments<T, A>& a, Stream stream) {
   const int64_t size = tile_positions<A>(a.channels);
   int64_t tiles = 0;
   for (int level = 0; level < p.levels; ++level) tiles += blocks_for(int64_t(p.width[level]) * p.height[level], size);
@@ -56,7 +99,7 @@ void owner(const Problem& p, const Arguments<T, A>& a, Stream stream) {
 }
 
 template <bool FUSED>
-void backward(const Problem& p, Stream stream) {
+void backward(const DeviceProblem& p, Stream stream) {
   const Arguments<T, A> a = arguments<T, A>(p);
   if (p.queries && p.heads && (p.added_value || p.grad_logits)) {
     specialise(p, [&](auto unit, auto levels) {
@@ -65,14 +108,16 @@ void backward(const Problem& p, Stream stream) {
     });
   }
   if (p.owned_value) owner<FUSED>(p, a, stream);
+  if (p.matrix_levels) matrix_levels_backward<FUSED>(p, a, stream);
+  if (p.window_levels) window_levels_backward(p, a, stream);
   const int64_t table = p.heads * p.rows * (2 * p.points + p.samples());
   if (p.grad_table_logits && table)
     launch(add_table_shares<T, A>, blocks_for(table, kThreads), kThreads, 0, stream, a);
 }
 
 const DeviceKernels kernels{
-    [](const Problem& p, void* stream) { (p.locations ? forward<false> : forward<true>)(p, Stream(stream)); },
-    [](const Problem& p, void* stream) { (p.locations ? backward<false> : backward<true>)(p, Stream(stream)); },
+    [](const DeviceProblem& p, void* stream) { (p.locations ? forward<false> : forward<true>)(p, Stream(stream)); },
+    [](const DeviceProblem& p, void* stream) { (p.locations ? backward<false> : backward<true>)(p, Stream(stream)); },
     [](void* at, int64_t bytes, void* stream) { zero(at, bytes, Stream(stream)); },
 };
 

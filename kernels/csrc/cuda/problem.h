@@ -8,8 +8,9 @@ namespace mmi {
 
 constexpr int kMaxLevels = 16;
 
-// "real" below: double for float64 values, else float. Tensors are contiguous but for value.
-struct Problem {
+// (Not named as the CPU's: checks shared by both are templates over this type, and one library holds
+// both instances.) "real" below: double for float64 values, else float. Tensors are contiguous but for value.
+struct DeviceProblem {
   int64_t images, positions, heads, channels, queries;  // queries of all groups
   int32_t levels, points;
   int32_t width[kMaxLevels], height[kMaxLevels], start[kMaxLevels];
@@ -55,8 +56,8 @@ struct Problem {
 
 // Each launches on a stream (a cudaStream_t) of the current device and returns at once.
 struct DeviceKernels {
-  void (*forward)(const Problem&, void* stream);
-  void (*backward)(const Problem&, void* stream);
+  void (*forward)(const DeviceProblem&, void* stream);
+  void (*backward)(const DeviceProblem&, void* stream);
   void (*zero)(void* at, int64_t bytes, void* stream);
 };
 

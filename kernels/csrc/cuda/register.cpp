@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../common/arguments.h"
+#include "plan.h"
 #include "problem.h"
 
 #define MMI_EXPORT extern "C" __attribute__((visibility("default")))
@@ -22,7 +23,7 @@ namespace {
 using mmi::arithmetic_type;
 using mmi::data;
 using mmi::DeviceKernels;
-using mmi::Problem;
+using mmi::DeviceProblem;
 using mmi::ScalarType;
 using mmi::Shapes;
 using mmi::Tensor;
@@ -86,7 +87,7 @@ class Device {
 
 #endif
 
-void set_levels(Problem& p, const Shapes& shapes, int64_t points) {
+void set_levels(DeviceProblem& p, const Shapes& shapes, int64_t points) {
   STD_TORCH_CHECK(shapes.size() <= 2 * mmi::kMaxLevels, "spatial_shapes: at most ", mmi::kMaxLevels,
                   " levels on a GPU, got ", shapes.size() / 2);
   p.levels = int32_t(shapes.size() / 2);
@@ -98,10 +99,46 @@ void set_levels(Problem& p, const Shapes& shapes, int64_t points) {
   });
 }
 
-// Queries whose share of the table's gradients one group of lanes adds up: enough groups to fill a
-// GPU (2^15 of them), no more shares than needed. A function of the problem alone, as it fixes the
-// order of sums.
-int64_t choose_chunk(const Problem& p) { return std::clamp<int64_t>(p.queries * p.heads >> 15, 4, 256); }
+// Queries whose share of the table's gradients is kept together: few enough for 2^15 groups of lanes,
+// which fill a GPU, and a power of two of at most a tile of the second tier. A function of the problem
+// alone, as it fixes the order of sums.
+int64_t choose_chunk(const DeviceProblem& p) {
+  int64_t chunk = 4;
+  while (chunk < 64 && chunk << 15 < p.queries * p.heads) chunk *= 2;
+  return chunk;
+}
+
+mmi::Tier tier = mmi::Tier::automatic;
+
+// Whether rows of the value (and of grad_out) can be read in pieces of 16 bytes.
+bool aligned(const DeviceProblem& p, const Tensor& value) {
+  const auto address = reinterpret_cast<uintptr_t>(p.value) | reinterpret_cast<uintptr_t>(p.grad_out);
+  const int64_t bytes = int64_t(value.element_size());
+  const int64_t sizes = p.channels | p.stride_image | p.stride_position | p.stride_head;
+  return address % 16 == 0 && sizes * bytes % 16 == 0;
+}
+
+void plan(DeviceProblem& p, const Tensor& value) {
+  p.chunk = choose_chunk(p);
+  const ScalarType type = value.scalar_type();
+  const bool sixteen_bits = type == ScalarType::BFloat16 || type == ScalarType::Half;
+  p.matrix_levels = mmi::Plan::matrix_levels(p, sixteen_bits, aligned(p, value), tier);
+  p.window_levels = type == ScalarType::Double ? 0 : mmi::Plan::window_levels(p, tier);
+}
+
+// Runs the forward; the matrix levels' share of the output needs memory of its own.
+void run_forward(DeviceProblem& p, const Tensor& value, void* stream) {
+  plan(p, value);
+  const Shapes shape = p.matrix_levels ? Shapes{p.queries, p.heads, p.channels} : Shapes{0};
+  Tensor partial = torch::stable::new_empty(value, shape, ScalarType::Float);
+  if (p.matrix_levels) p.partial = partial.mutable_data_ptr();
+  kernels_for(value).forward(p, stream);
+}
+
+void run_backward(DeviceProblem& p, const Tensor& value, void* stream) {
+  plan(p, value);
+  kernels_for(value).backward(p, stream);
+}
 
 Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, bool wanted, ScalarType type) {
   return torch::stable::new_zeros(like, wanted ? shape : std::vector<int64_t>{0}, type);
@@ -111,7 +148,7 @@ Tensor zeros(const Tensor& like, const std::vector<int64_t>& shape, bool wanted,
 // once by each element's owner.
 class ValueGradient {
  public:
-  ValueGradient(Problem& p, const Tensor& value, bool wanted, bool deterministic)
+  ValueGradient(DeviceProblem& p, const Tensor& value, bool wanted, bool deterministic)
       : type_(value.scalar_type()),
         tensor_(deterministic ? torch::stable::new_empty(value, wanted ? shape(p) : Shapes{0})
                               : zeros(value, shape(p), wanted, arithmetic_type(value))) {
@@ -123,13 +160,13 @@ class ValueGradient {
   ScalarType type_;
   Tensor tensor_;
 
-  static Shapes shape(const Problem& p) { return {p.images, p.positions, p.heads, p.channels}; }
+  static Shapes shape(const DeviceProblem& p) { return {p.images, p.positions, p.heads, p.channels}; }
 };
 
 std::tuple<Tensor, Tensor> mmfs_forward(Tensor value, Shapes spatial_shapes, Tensor offsets, Tensor logits,
                                         Tensor table_offsets, Tensor table_logits, Tensor reference_points,
                                         Tensor visible, std::optional<Tensor> sink_value, double base, bool sink) {
-  Problem p{};
+  DeviceProblem p{};
   mmi::set_value(p, value);
   STD_TORCH_CHECK(offsets.dim() == 4, "offsets: expected 4 axes");
   p.queries = offsets.size(0);
@@ -141,8 +178,7 @@ std::tuple<Tensor, Tensor> mmfs_forward(Tensor value, Shapes spatial_shapes, Ten
   Tensor stats = torch::stable::new_empty(value, {2, p.queries, p.heads}, arithmetic_type(value));
   p.out = out.mutable_data_ptr();
   p.stats = stats.mutable_data_ptr();
-  p.chunk = choose_chunk(p);
-  kernels_for(value).forward(p, device.stream());
+  run_forward(p, value, device.stream());
   return {out, stats};
 }
 
@@ -150,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mmfs_backward(
     Tensor grad_out, Tensor out, Tensor stats, Tensor value, Shapes spatial_shapes, Tensor offsets, Tensor logits,
     Tensor table_offsets, Tensor table_logits, Tensor reference_points, Tensor visible, double base, bool sink,
     bool for_value, bool for_query, bool deterministic) {
-  Problem p{};
+  DeviceProblem p{};
   mmi::set_value(p, value);
   STD_TORCH_CHECK(offsets.dim() == 4, "offsets: expected 4 axes");
   p.queries = offsets.size(0);
@@ -178,12 +214,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mmfs_backward(
     p.grad_table_logits = grad_table_logits.mutable_data_ptr();
     p.table_shares = shares.mutable_data_ptr();
   }
-  kernels_for(value).backward(p, device.stream());
+  run_backward(p, value, device.stream());
   return {grad_value.finish(), grad_offsets, grad_logits, grad_table_offsets, grad_table_logits};
 }
 
 Tensor deform_forward(Tensor value, Shapes spatial_shapes, Tensor locations, Tensor weights) {
-  Problem p{};
+  DeviceProblem p{};
   mmi::set_value(p, value);
   STD_TORCH_CHECK(locations.dim() == 6, "sampling_locations: expected 6 axes");
   set_levels(p, spatial_shapes, locations.size(4));
@@ -191,22 +227,20 @@ Tensor deform_forward(Tensor value, Shapes spatial_shapes, Tensor locations, Ten
   const Device device(value);
   Tensor out = torch::stable::new_empty(value, {p.images, p.group_size, p.heads * p.channels});
   p.out = out.mutable_data_ptr();
-  p.chunk = choose_chunk(p);
-  kernels_for(value).forward(p, device.stream());
+  run_forward(p, value, device.stream());
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> deform_backward(Tensor grad_out, Tensor value, Shapes spatial_shapes,
                                                    Tensor locations, Tensor weights, bool for_value, bool for_query,
                                                    bool deterministic) {
-  Problem p{};
+  DeviceProblem p{};
   mmi::set_value(p, value);
   STD_TORCH_CHECK(locations.dim() == 6, "sampling_locations: expected 6 axes");
   set_levels(p, spatial_shapes, locations.size(4));
   mmi::set_general(p, value, locations, weights);
   const std::vector<int64_t> shape{p.images, p.group_size, p.heads * p.channels};
   p.grad_out = data(grad_out, "grad_out", value, value.scalar_type(), shape);
-  p.chunk = choose_chunk(p);
 
   const Device device(value);
   const ValueGradient grad_value(p, value, for_value, deterministic);
@@ -218,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_backward(Tensor grad_out, Tensor value
     p.grad_offsets = grad_locations.mutable_data_ptr();
     p.grad_logits = grad_weights.mutable_data_ptr();
   }
-  kernels_for(value).backward(p, device.stream());
+  run_backward(p, value, device.stream());
   return {grad_value.finish(), grad_locations, grad_weights};
 }
 
@@ -230,6 +264,9 @@ void implement(torch::stable::detail::StableLibrary& m) {
 }
 
 }  // namespace
+
+// 0: the rule of plan.h; 1: the first tier alone; 2: the second wherever it can run. For tests.
+MMI_EXPORT void mmi_set_device_tier(int number) { tier = mmi::Tier(number); }
 
 #if defined(MMI_EMULATED)
 

@@ -10,7 +10,7 @@ namespace mmi {
 
 constexpr int kThreads = 128;
 
-// Problem with types and bounds. T: the value's, A: the arithmetic's.
+// DeviceProblem with types and bounds. T: the value's, A: the arithmetic's.
 template <typename T, typename A>
 struct Arguments {
   int64_t images, positions, queries, group_size;
@@ -39,7 +39,7 @@ template <typename T>
 constexpr int kVector = 16 / sizeof(T);
 
 template <typename T, typename A>
-Arguments<T, A> arguments(const Problem& p) {
+Arguments<T, A> arguments(const DeviceProblem& p) {
   Arguments<T, A> a{};
   a.images = p.images;
   a.positions = p.positions;
@@ -274,7 +274,7 @@ __device__ __forceinline__ void load_channels(Array<const T> from, int64_t at, i
 
 // The largest UNIT that the channels and the value's address and strides allow.
 template <typename T>
-int unit_of(const Problem& p) {
+int unit_of(const DeviceProblem& p) {
   auto fits = [&](int64_t unit) {
     const auto address = reinterpret_cast<uintptr_t>(p.value) | reinterpret_cast<uintptr_t>(p.grad_out);
     return p.channels % unit == 0 && p.stride_image % unit == 0 && p.stride_position % unit == 0 &&

@@ -112,19 +112,24 @@ class Machine {
                              std::to_string(current->index.x) + ": " + what);
   }
 
-  void barrier(int line) {
+  // Returns whether any thread of the block came with `says`.
+  bool barrier(int line, bool says) {
     for (const auto& other : threads)
       if (other->state == Thread::at_barrier && other->line != line)
         fail("waits at the barrier of line " + std::to_string(line) + ", thread " + std::to_string(other->index.x) +
              " at that of line " + std::to_string(other->line));
+    said_ |= says;
     if (++arrived_ == block_size.x) {
       arrived_ = 0;
       ++epoch_;
+      all_said_ = said_;
+      said_ = false;
       for (const auto& other : threads)
         if (other->state == Thread::at_barrier) wake(*other);
-      return;
+    } else {
+      wait(Thread::at_barrier, line);
     }
-    wait(Thread::at_barrier, line);
+    return all_said_;
   }
 
   // Waits until all lanes of the mask have come to the same operation; the last one completes it.
@@ -177,6 +182,7 @@ class Machine {
   jmp_buf scheduler_;
   std::string error_;
   unsigned arrived_ = 0, live_ = 0;
+  bool said_ = false, all_said_ = false;
   uint64_t epoch_ = 0;
 
   static bool ordered(const Access& before, const Access& now) {
@@ -246,6 +252,7 @@ class Machine {
     prepare(size);
     ready_.clear();
     arrived_ = 0;
+    said_ = false;
     live_ = size;
     ++epoch_;
     for (unsigned i = 0; i < size; ++i) wake(*threads[i]);
@@ -353,7 +360,9 @@ Array<T> shared_array(int64_t offset_bytes, int64_t count) {
 #define blockDim (::emulation::machine().block_size)
 #define gridDim (::emulation::machine().grid)
 
-inline void __syncthreads(int line = __builtin_LINE()) { emulation::machine().barrier(line); }
+inline void __syncthreads(int line = __builtin_LINE()) { emulation::machine().barrier(line, false); }
+
+inline bool any_thread(bool says, int line = __builtin_LINE()) { return emulation::machine().barrier(line, says); }
 
 inline void __syncwarp(uint32_t mask = ~0u, int line = __builtin_LINE()) {
   emulation::machine().collective(
@@ -424,6 +433,13 @@ Vector<T, N> load_vector(Array<const T> from, int64_t i) {
   Vector<T, N> out;
   std::memcpy(&out, at, sizeof(out));
   return out;
+}
+
+template <typename T>
+uint32_t load_pair(Array<T> from, int64_t i) {
+  if (reinterpret_cast<uintptr_t>(from.checked(i, 2)) % 4)
+    emulation::machine().fail("loads a pair from an address that is not aligned");
+  return uint32_t(T(from[i]).bits) | uint32_t(T(from[i + 1]).bits) << 16;
 }
 
 template <int N, typename A>
