@@ -259,3 +259,78 @@ def test_images_of_another_size_are_refused():
 def test_pyramid_of_an_odd_grid_is_refused():
     with pytest.raises(ValueError, match="even"):
         pyramid_shapes(7)
+
+
+# ---------------------------------------------------------------- towers
+
+EVA = {"tower": "eva", "quick_gelu": False, "width": 48, "ffn": 40}
+SIGLIP = {"tower": "siglip", "quick_gelu": False}
+
+
+def timm_tower(config: VisionConfig) -> torch.nn.Module:
+    """A published tower of timm, at the sizes of a configuration, with random weights."""
+    name = {"eva": "eva02_large_patch14_clip_224", "siglip": "vit_large_patch16_siglip_256"}[config.tower]
+    torch.manual_seed(1)
+    tower = timm.create_model(
+        name,
+        num_classes=0,
+        global_pool="",
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.layers,
+        num_heads=config.heads,
+        mlp_ratio=(config.ffn + 0.5) / config.width,
+    )
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return tower.double().eval()
+
+
+@pytest.mark.parametrize("settings", [EVA, SIGLIP], ids=["eva", "siglip"])
+def test_towers_equal_timm_with_its_weights(settings):
+    """With the injectors' gammas at their start the adapter leaves the ViT as it is."""
+    module = build(**settings).eval()
+    theirs = timm_tower(module.config)
+    module.vit.load_state_dict(theirs.state_dict())
+    for injector in module.adapter.injectors:
+        torch.nn.init.zeros_(injector.gamma)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        tokens, _ = module.adapter(module.vit, x)
+        wanted = theirs.forward_features(x)
+    assert tokens.shape[1] == {"eva": 17, "siglip": 16}[settings["tower"]]
+    torch.testing.assert_close(module.vit.norm(tokens), wanted, rtol=0, atol=1e-9)
+    changed = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert (theirs.forward_features(changed) - wanted).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("settings", [EVA, SIGLIP], ids=["eva", "siglip"])
+def test_tokenizers_of_other_towers_make_tokens_and_maps(settings):
+    module = build(**settings)
+    tokens, maps = module(images())
+    assert tokens.shape == (2, 5, 20) and maps.shape == (2, 340, module.config.width)
+    (tokens.square().sum() + maps.square().sum()).backward()
+    without = {name for name, p in module.named_parameters() if p.requires_grad and p.grad is None}
+    assert not without and not module.vit.norm.weight.requires_grad
+    assert module.token_positions.shape[0] == {"eva": 17, "siglip": 16}[settings["tower"]]
+
+
+@pytest.mark.parametrize("settings", [{}, EVA, SIGLIP], ids=["clip", "eva", "siglip"])
+def test_recomputing_a_tower_changes_no_gradient(settings):
+    module = build(**settings)
+    gradients = []
+    for again in (False, True):
+        module.zero_grad()
+        module.vit.set_grad_checkpointing(again)
+        tokens, maps = module(images())
+        (tokens.square().sum() + maps.square().sum()).backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_siglip_s_pixels_run_from_minus_one_to_one():
+    assert build(**SIGLIP).mean.flatten().tolist() == build(**SIGLIP).std.flatten().tolist() == [0.5] * 3
+    assert build(**EVA).mean.equal(build().mean)
