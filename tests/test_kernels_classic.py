@@ -1,0 +1,67 @@
+"""The baseline of benchmarks/kernels.py, run by the emulation, computes what the reference does."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+
+import pytest
+import torch
+
+from benchmarks import classic
+from mmi_kernels import build, reference
+from mmi_kernels.library import CUDA_TARGETS, NVCC_FLAGS
+from tests.kernels_emulated import FLAGS
+from tests.test_kernels_deform import draw
+
+SHAPES = ((5, 7), (2, 3))
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> ctypes.CDLL:
+    out = tmp_path_factory.mktemp("classic") / "classic.so"
+    build._run([build.compiler(), *FLAGS, "-shared", "-x", "c++", str(classic.SOURCE), "-o", str(out)])
+    return classic.load(out)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("channels", [1, 7, 33])
+def test_it_computes_deformable_attention(kernels, dtype, channels):
+    t = draw(1, 2, 5, 2, channels, SHAPES, 3, dtype)
+    leaves = [t[name] for name in ("value", "sampling_locations", "attention_weights")]
+    wide = [leaf.double().requires_grad_() for leaf in leaves]
+    expected = reference.ms_deform_attn(wide[0], SHAPES, *wide[1:])
+    wanted = torch.autograd.grad(expected, wide, t["grad"].double())
+
+    value, locations, weights = leaves
+    levels = classic.level_table(SHAPES, value.device)
+    out = classic.forward(value, levels, locations, weights, kernels)
+    grad = t["grad"].view_as(out).contiguous()
+    found = classic.backward(grad, value, levels, locations, weights, kernels)
+    for got, want in zip((out.flatten(2), *found), (expected, *wanted), strict=True):
+        error = float((got.double() - want).abs().max() / want.abs().max())
+        assert error < TOLERANCE[dtype], error
+
+
+def test_it_names_what_it_does_not_take(kernels):
+    value = torch.zeros(1, 12, 1, 2)[:, ::2]
+    levels = classic.level_table(((2, 3),), value.device)
+    locations, weights = torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 1)
+    with pytest.raises(ValueError, match="value: .*contiguous"):
+        classic.forward(value, levels, locations, weights, kernels)
+    with pytest.raises(ValueError, match="up to 1024 channels, got 1025"):
+        classic.forward(torch.zeros(1, 6, 1, 1025), levels, locations, weights, kernels)
+
+
+def test_nvcc_compiles_it(tmp_path):
+    """For the oldest and the newest target; where there is no nvcc the emulation alone stands."""
+    tool = build.nvcc()
+    if tool is None:
+        assert shutil.which("nvcc") is None
+        return
+    for real in ("sm_80", "sm_90"):
+        target = f"-gencode=arch={CUDA_TARGETS[real]},code={real}"
+        build._run(
+            [tool, *NVCC_FLAGS, target, "-cubin", str(classic.SOURCE), "-o", str(tmp_path / "out.cubin")]
+        )
