@@ -140,8 +140,7 @@ class UNetConfig:
     """Arguments of diffusers' UNet2DConditionModel; ``head_width`` is the width of an attention head.
     ``heads`` gives every block so many heads instead, whatever its width (Stable Diffusion 1: 8).
     ``pooled_tokens`` adds the tokens, pooled by attention, to the embedding of the timestep, as
-    DeepFloyd IF does: a U-Net that starts from nothing is tied to its context much sooner.
-    ``positions`` adds fixed position embeddings to the first convolution's output: it finds places sooner."""
+    DeepFloyd IF does: a U-Net that starts from nothing is tied to its context much sooner."""
 
     channels: list[int] = field(default_factory=lambda: [320, 640, 1280, 1280])
     attention: list[bool] = field(default_factory=lambda: [True, True, True, False])
@@ -151,7 +150,6 @@ class UNetConfig:
     norm_groups: int = 32
     linear_projection: bool = True
     pooled_tokens: bool = False
-    positions: bool = False
 
 
 @dataclass

@@ -160,22 +160,6 @@ def test_sites_are_what_the_unet_makes(placement, layers):
     assert [(x.shape[1], x.shape[2]) for x in made] == mmfs_sites(config, SIDE, placement)
 
 
-def test_positions_come_after_the_first_convolution_and_no_weight_is_renamed():
-    plain = build_unet(CONFIG, SIDE, 3, TOKENS).double()
-    placed = build_unet(replace(CONFIG, positions=True), SIDE, 3, TOKENS).double()
-    placed.load_state_dict(plain.state_dict())
-    sample, timestep, tokens, *_ = inputs()
-    place = position_embedding(SIDE, CONFIG.channels[0]).T.unflatten(1, (SIDE, SIDE))
-    plain.conv_in.register_forward_hook(lambda m, i, out: out + place)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            placed(sample, timestep, tokens).sample,
-            plain(sample, timestep, tokens).sample,
-            rtol=0,
-            atol=1e-12,
-        )
-
-
 def test_an_image_that_is_not_visible_has_no_part():
     unet, mmfs = build("skip")
     *before, maps, visible = inputs()

@@ -35,7 +35,6 @@ def check_settings(config: ModelConfig) -> None:
         "model.decoder.mmfs.kind": (decoder.mmfs.kind, "deformable"),
         "model.decoder.mmfs_placement": (decoder.mmfs_placement, "skip"),
         "model.decoder.unet.pooled_tokens": (decoder.unet.pooled_tokens, False),
-        "model.decoder.unet.positions": (decoder.unet.positions, False),
     }
     for name, (value, needed) in wanted.items():
         if value != needed:

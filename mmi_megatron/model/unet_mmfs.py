@@ -35,7 +35,7 @@ def build_unet(config: UNetConfig, side: int, channels: int, token_width: int) -
         token_width: of the tokens it attends to.
     """
     kinds = ["CrossAttn" if attends else "" for attends in config.attention]
-    unet = UNet2DConditionModel(
+    return UNet2DConditionModel(
         sample_size=side,
         in_channels=channels,
         out_channels=channels,
@@ -52,27 +52,6 @@ def build_unet(config: UNetConfig, side: int, channels: int, token_width: int) -
         addition_embed_type="text" if config.pooled_tokens else None,
         addition_embed_type_num_heads=max(token_width // config.head_width, 1),
     )
-    if config.positions:
-        unet.conv_in = PlacedConv(channels, config.channels[0], side)
-    return unet
-
-
-class PlacedConv(nn.Conv2d):
-    """A 3x3 convolution that adds a fixed position embedding to its output: [J, channels, side, side].
-
-    A convolution sees where it is by the padded edges alone, and a U-Net that starts from nothing
-    takes long to carry that inwards. Parameters are the convolution's own.
-    """
-
-    positions: Tensor
-
-    def __init__(self, in_channels: int, channels: int, side: int):
-        super().__init__(in_channels, channels, 3, padding=1)
-        positions = position_embedding(side, channels).T.unflatten(1, (side, side))
-        self.register_buffer("positions", positions, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.positions
 
 
 def mmfs_sites(config: UNetConfig, side: int, placement: str) -> list[tuple[int, int]]:
