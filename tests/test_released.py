@@ -76,6 +76,30 @@ def test_mmfs_takes_the_last_rows_of_a_longer_visibility():
     torch.testing.assert_close(out, other["output"][:, -2:], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+def test_cached_decoding_with_gaps_and_a_visibility_of_any_type(kind):
+    module, other, _ = mmfs_state("B")
+    query, points = other["inputs.query"], other["inputs.reference_points"]
+    mask = torch.rand(2, 9, 3, generator=torch.Generator().manual_seed(2)) < 0.5
+    wanted = module(query, points, other["inputs.input_flatten"], mask.long())
+    for first in (0, 4, 8):
+        found = module(query[:, first:], points[:, first:], other["inputs.input_flatten"], mask.to(kind))
+        torch.testing.assert_close(found, wanted[:, first:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mmfs_runs_in_the_dtype_of_its_tensors(dtype):
+    state, other, config = recorded("mmfs_B")
+    module = released.mmfs({name: tensor.to(dtype) for name, tensor in state.items()}, config)
+    names = ("query", "reference_points", "input_flatten", "attention_mask")
+    query, points, features, mask = (other[f"inputs.{name}"].to(dtype) for name in names)
+    out = module(query, points, features, mask)
+    error = (out.double() - other["output"]).abs().max()
+    assert out.dtype == dtype and error < {torch.float32: 1e-6}.get(dtype, 0.03)
+    nothing = module(query, points, features[:, :0], mask[..., :0])
+    torch.testing.assert_close(nothing, module(query, points, features, torch.zeros_like(mask)))
+
+
 def test_mmfs_takes_one_visibility_for_all_queries_and_a_point_for_each_row():
     module, other, _ = mmfs_state("D")
     inputs = [

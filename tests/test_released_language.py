@@ -60,8 +60,11 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
 
 
-def mmfs(state: dict[str, Tensor], query: Tensor, features: Tensor, seen: Tensor) -> Tensor:
-    """One query [d], features [M, S, dv], seen [M]: the closed form, from the release's own names."""
+def mmfs(
+    state: dict[str, Tensor], query: Tensor, features: Tensor, seen: Tensor, sides=SIDES, base=16, centre=0.5
+) -> Tensor:
+    """One query [d], features [M, S, dv], seen [M]: the closed form, from the release's own names. 16
+    heads, 8 points."""
     asked = F.linear(query, state["dynamic_offset_mask.weight"], state["dynamic_offset_mask.bias"])
     images = seen.nonzero()[:, 0].tolist()
     total = torch.ones(16, 1, dtype=torch.float64)
@@ -71,13 +74,13 @@ def mmfs(state: dict[str, Tensor], query: Tensor, features: Tensor, seen: Tensor
         shifted = asked + state["query_relpos.weight"][back]
         offset = F.linear(shifted, state["sampling_offsets.weight"], state["sampling_offsets.bias"])
         logit = F.linear(shifted, state["attention_weights.weight"], state["attention_weights.bias"])
-        offset, logit = offset.view(16, 8, 2), logit.view(16, 3, 9)
+        offset, logit = offset.view(16, 8, 2), logit.view(16, len(sides), 9)
         value = F.linear(features[m], state["value_proj.weight"], state["value_proj.bias"])
         for level, (side, flat) in enumerate(
-            zip(SIDES, value.split([side * side for side in SIDES]), strict=True)
+            zip(sides, value.split([side * side for side in sides]), strict=True)
         ):
             plane = flat.view(side, side, 16, -1).permute(2, 3, 0, 1)  # [heads, channels, y, x]
-            grid = 2 * (0.5 + offset / 16) - 1
+            grid = 2 * (centre + offset / base) - 1
             found = F.grid_sample(plane, grid[:, None], padding_mode="zeros", align_corners=False)[:, :, 0]
             weight = logit[:, level, :8].exp()
             summed = summed + (found * weight[:, None]).sum(2)

@@ -28,7 +28,7 @@ def slow_row(tokens, pair, release, max_images, max_references):
         first_image = label == SPECIAL.boi and tokens[t] == SPECIAL.bos
         if label in (None, SPECIAL.pad, SPECIAL.image, SPECIAL.bos) or first_image:
             label = IGNORED
-        elif pair:
+        elif pair[t + 1] if isinstance(pair, list) else pair:
             own = [b for b in bois if start_of[b] == start_of[t + 1]]
             if own and t + 1 < own[0]:
                 label = IGNORED
@@ -98,6 +98,46 @@ def test_matches_the_slow_rule(rows, pair, release, max_images, max_references):
     assert image == len(got.image_boi)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 12).flatmap(
+        lambda length: st.lists(
+            st.lists(
+                st.tuples(st.sampled_from([1, 1, 2, 3, 4, 4, 5, 6]), st.booleans()),
+                min_size=length,
+                max_size=length,
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    ),
+    st.booleans(),
+)
+def test_tensors_follow_the_slow_rule_with_a_source_for_every_token(batch, release):
+    tokens = torch.tensor([[token for token, _ in row] for row in batch])
+    pairs = [[pair for _, pair in row] for row in batch]
+    got = describe_rows(
+        tokens, bos=1, eos=2, pad=3, boi=4, image_token=5, pair_source=torch.tensor(pairs), release=release
+    )
+    slow = [
+        slow_row(row.tolist(), pair, release, None, None) for row, pair in zip(tokens, pairs, strict=True)
+    ]
+    for name in ("document", "position", "labels"):
+        assert getattr(got, name).tolist() == [row[name] for row in slow]
+    spans = torch.stack([got.visible_first, got.visible_last], -1).tolist()
+    assert [[interval(span) for span in row] for row in spans] == [row["visible"] for row in slow]
+
+    def joined(name):
+        return [value for row in slow for value in row[name]]
+
+    assert got.image_row.tolist() == [number for number, row in enumerate(slow) for _ in row["boi"]]
+    assert got.image_boi.tolist() == joined("boi") and got.context_start.tolist() == joined("context_start")
+    references = zip(got.reference_first.tolist(), got.reference_last.tolist(), strict=True)
+    assert [interval(span) for span in references] == joined("references")
+    assert got.image_loss.tolist() == joined("loss") and got.image_loss.dtype == torch.bool
+    assert all(getattr(got, n).dtype == torch.int64 for n in ("labels", "visible_first", "reference_last"))
+
+
 def test_a_document_written_out():
     #         0  1  2  3  4  5  6  7  8  9
     tokens = [1, 6, 4, 5, 5, 7, 4, 5, 5, 2, 1, 4, 5, 5, 8, 2, 3, 3]
@@ -119,6 +159,10 @@ def test_pair_source_may_differ_by_token():
 
 
 def test_wrong_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"pair_source: expected a bool or one a token, \(1, 3\)"):
+        describe_rows(
+            torch.ones(1, 3), bos=1, eos=2, pad=3, boi=4, image_token=5, pair_source=torch.ones(3) > 0
+        )
     with pytest.raises(ValueError, match="one axis"):
         describe_stream(np.zeros((2, 3), int), np.array([0, 3]), SPECIAL)
     with pytest.raises(ValueError, match="row_starts"):

@@ -29,6 +29,8 @@ def check_settings(config: ModelConfig) -> None:
     """
     language, decoder = config.language, config.decoder
     wanted = {
+        "model.vision.tower": (config.vision.tower, "clip"),
+        "model.language.qkv_bias": (language.qkv_bias, False),
         "model.language.train_image_tokens": (language.train_image_tokens, True),
         "model.language.mmfs.kind": (language.mmfs.kind, "deformable"),
         "model.vision.use_resampler": (config.vision.use_resampler, True),

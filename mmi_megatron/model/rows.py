@@ -40,7 +40,7 @@ def describe_rows(
     pad: int,
     boi: int,
     image_token: int,
-    pair_source: bool | Tensor = False,
+    pair_source: bool | Tensor | np.ndarray = False,
     release: bool = False,
     max_images: int | None = None,
     max_references: int | None = None,
@@ -56,16 +56,16 @@ def describe_rows(
     if token_ids.ndim != 2:
         raise ValueError(f"token_ids: expected [B, S], got {tuple(token_ids.shape)}")
     rows, length = token_ids.shape
-    pair: bool | np.ndarray
-    if isinstance(pair_source, Tensor):
-        pair = pair_source.broadcast_to(token_ids.shape).reshape(-1).cpu().numpy()
-    else:
-        pair = pair_source
+    pair = torch.as_tensor(pair_source)
+    if pair.ndim and pair.shape != token_ids.shape:
+        raise ValueError(
+            f"pair_source: expected a bool or one a token, {tuple(token_ids.shape)}, got {tuple(pair.shape)}"
+        )
     described = describe_stream(
         token_ids.reshape(-1).cpu().numpy(),
         np.arange(rows + 1) * length,
         SpecialTokens(bos=bos, eos=eos, pad=pad, boi=boi, image=image_token),
-        pair_source=pair,
+        pair_source=pair.expand(token_ids.shape).reshape(-1).cpu().numpy(),
         release=release,
         max_images=max_images,
         max_references=max_references,
