@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import struct
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -63,6 +65,7 @@ class Decoder:
             cv2, simplejpeg = _turbo()
             versions += [f"simplejpeg {simplejpeg.__version__}", f"opencv {cv2.__version__}"]
         self.fingerprint = ", ".join([self.name, *versions])
+        self._own = threading.local()
 
     def squares(self, blob: bytes, out: Sequence[np.ndarray]) -> None:
         """Decode once and write the largest square in the middle at every size asked for.
@@ -83,7 +86,17 @@ class Decoder:
                 _planes(np.asarray(_square(image, square.shape[-1], way)), square)
             return
         for square in out:
-            _resize_turbo(pixels, square)
+            size = square.shape[-1]
+            _resize_turbo(pixels, square, self._scratch((size, size, 3), "square"))
+
+    def _scratch(self, shape: tuple[int, ...], name: str) -> np.ndarray:
+        """Memory of this thread, used again and again: fresh pages cost as much as a resize."""
+        size = math.prod(shape)
+        held = getattr(self._own, name, None)
+        if held is None or held.size < size:
+            held = np.empty(1 << (size - 1).bit_length(), np.uint8)
+            setattr(self._own, name, held)
+        return held[:size].reshape(shape)
 
     def _pillow(self, blob: bytes, target: int) -> tuple[Image.Image, bool]:
         image = open_image(blob, self.max_pixels)
@@ -100,10 +113,10 @@ class Decoder:
             if space not in ("YCbCr", "Gray") or height * width > self.max_pixels:
                 return None
             factor = reduction((width, height), target)
-            least = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
-            pixels = simplejpeg.decode_jpeg(
-                blob, "RGB", **(least if factor > 1 else {}), min_factor=float(factor)
-            )
+            rows, columns = -(-height // factor), -(-width // factor)
+            room = self._scratch((rows, columns, 3), "whole")
+            least = {"min_height": rows, "min_width": columns} if factor > 1 else {}
+            pixels = simplejpeg.decode_jpeg(blob, "RGB", min_factor=float(factor), buffer=room, **least)
         except ValueError:
             return None
         return _turned(pixels, TURNS.get(_orientation(blob), ""))
@@ -193,7 +206,7 @@ def _libjpeg() -> str:
     return str(features.version("libjpeg_turbo") or features.version("jpg"))
 
 
-def _resize_turbo(pixels: np.ndarray, out: np.ndarray) -> None:
+def _resize_turbo(pixels: np.ndarray, out: np.ndarray, room: np.ndarray) -> None:
     cv2, _ = _turbo()
     size = out.shape[-1]
     height, width, _ = pixels.shape
@@ -202,11 +215,14 @@ def _resize_turbo(pixels: np.ndarray, out: np.ndarray) -> None:
     square = pixels[top : top + side, left : left + side]
     if side != size:
         way = cv2.INTER_AREA if side >= OVERSIZE * size else cv2.INTER_LINEAR
-        square = cv2.resize(square, (size, size), interpolation=way if side > size else cv2.INTER_CUBIC)
+        way = way if side > size else cv2.INTER_CUBIC
+        square = cv2.resize(square, (size, size), dst=room, interpolation=way)
     cv2.split(square, [out[0], out[1], out[2]])
 
 
 def _turned(pixels: np.ndarray, turns: str) -> np.ndarray:
+    if not turns:
+        return pixels
     for turn in turns:
         if turn == "r":
             pixels = np.rot90(pixels, -1)
@@ -218,9 +234,10 @@ def _turned(pixels: np.ndarray, turns: str) -> np.ndarray:
 
 
 def _orientation(blob: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 where it says none. The segments up to the pixels are walked."""
+    """The EXIF orientation of a JPEG, 1 where it says none. It stands in the
+    application segments, before all others."""
     at = 2
-    while at + 4 <= len(blob) and blob[at] == 0xFF and blob[at + 1] != 0xDA:
+    while at + 4 <= len(blob) and blob[at] == 0xFF and 0xE0 <= blob[at + 1] <= 0xEF:
         (size,) = struct.unpack_from(">H", blob, at + 2)
         if blob[at + 1] == 0xE1 and blob[at + 4 : at + 10] == b"Exif\0\0":
             exif = Image.Exif()

@@ -7,7 +7,7 @@ in order. What was made ahead is never part of the position.
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -129,6 +129,10 @@ class Feed:
     def ready(self) -> bool:
         """Whether the next share is made, so that ``next`` does not wait."""
         return bool(self._ahead) and all(pending.done() for pending in self._ahead[0].pending)
+
+    def settle(self) -> None:
+        """Wait until everything that is under way is made."""
+        wait([pending for ahead in self._ahead for pending in ahead.pending])
 
     def state(self) -> dict[str, Any]:
         """Position after the last share handed over, whatever is made ahead."""

@@ -141,6 +141,10 @@ class Feeder:
         with lock:
             return feed.heldout(documents)
 
+    def settle(self, client: str) -> None:
+        """See ``Feed.settle``."""
+        self.feeds[client][0].settle()
+
     def lost(self) -> int:
         """Actors replaced so far."""
         return self.executor.lost if self.executor else 0
@@ -198,6 +202,12 @@ class RemoteFeed:
     def ready(self) -> bool:
         """Whether the next share is made."""
         return self._asked is not None and bool(ray.wait([self._asked], timeout=0)[0])
+
+    def settle(self) -> None:
+        """Wait until everything that is under way is made."""
+        if self._asked is not None:
+            ray.wait([self._asked])
+        self._call("settle", self.client)
 
     def state(self) -> dict[str, Any]:
         """Position after the last share handed over."""

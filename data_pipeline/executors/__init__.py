@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from data_pipeline.errors import DataError
+from data_pipeline.executors.blocks import Blocks
 from data_pipeline.produce import Producer
 from data_pipeline.settings import DataSettings
 from data_pipeline.task import Produced, Task
@@ -90,7 +91,7 @@ class Inline:
     runs_ahead = False
 
     def __init__(self, setup: Setup):
-        self.producer = setup.producer()
+        self.producer = setup.producer(empty=Blocks().empty)
 
     def submit(self, task: Task) -> Future[Produced]:
         """Make the task now."""
@@ -111,7 +112,7 @@ class Threads:
     runs_ahead = True
 
     def __init__(self, setup: Setup):
-        self.producer = setup.producer()
+        self.producer = setup.producer(empty=Blocks().empty)
         self.pool = ThreadPoolExecutor(setup.settings.workers, thread_name_prefix="mmi-data")
 
     def submit(self, task: Task) -> Future[Produced]:

@@ -1,0 +1,116 @@
+"""``mmi data bench``, ``serve``, ``filter``, ``dedup`` and ``recaption``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data_pipeline.errors import DataError
+from data_pipeline.formats import Summary
+from data_pipeline.settings import DataSettings
+
+Source = Annotated[str, typer.Argument(help="Folder or URL of shards.", show_default=False)]
+Out = Annotated[Path, typer.Option(help="Folder of shards to write; must hold none yet.", show_default=False)]
+Function = Annotated[str, typer.Option(help="module:function, importable here and on the cluster.")]
+Workers = Annotated[int, typer.Option(min=1, help="Shards worked on at a time.")]
+Cluster = Annotated[str, typer.Option(help="auto, local or host:port of the Ray cluster.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
+
+
+def bench(
+    executors: Annotated[str, typer.Option(help="Which to measure.")] = "inline,threads,processes",
+    images: Annotated[int, typer.Option(help="Of the shards that are made for it.")] = 3000,
+    workers: Annotated[int, typer.Option(help="Of each executor.")] = 2,
+    decoder: Annotated[str, typer.Option(help="auto, turbo or pillow.")] = "auto",
+    rounds: Annotated[int, typer.Option(help="Turns of the raw limit and delivery.")] = 12,
+    folder: Annotated[Path | None, typer.Option(help="Where the shards are kept, to measure again.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Rates of reading, decoding, packing and delivery against this machine's raw decode limit."""
+    from data_pipeline.bench import run
+
+    try:
+        found = run(executors.split(","), images, workers, decoder, rounds, folder)
+    except DataError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    table = Table("what", "unit", "a CPU-second", "a second", title=found["decoder"])
+    for row in found["rates"]:
+        table.add_row(row["name"], row["unit"], f"{row['a CPU-second']:,.0f}", f"{row['a second']:,.0f}")
+    console = Console()
+    console.print(table)
+    ratios = Table("ratio to the raw limit", "")
+    for name, value in found["ratios"].items():
+        ratios.add_row(name, f"{value:.2f}")
+    console.print(ratios)
+
+
+def serve(
+    address: Annotated[
+        str | None, typer.Option(help="host:port of the cluster to join; without it one starts here.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Actors that may decode here at a time.")] = 2,
+    port: Annotated[int, typer.Option(help="Of a cluster that starts here.")] = 6379,
+) -> None:
+    """Make this machine part of the data service (Ray), until Ctrl-C. For trusted networks only."""
+    from data_pipeline.ray_service import serve as join
+
+    try:
+        raise typer.Exit(join(address, workers, port))
+    except DataError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def filter_(
+    source: Source,
+    out: Out,
+    function: Function,
+    workers: Workers = 2,
+    ray: Cluster = "local",
+    as_json: Json = False,
+) -> Summary:
+    """Keep the documents that a function accepts: it gives None, or the reason to leave one out."""
+    from data_pipeline.ray_jobs import filter_corpus
+
+    _join(ray, workers)
+    return filter_corpus(source, str(out), function, workers)
+
+
+def recaption(
+    source: Source,
+    out: Out,
+    function: Function,
+    workers: Workers = 2,
+    ray: Cluster = "local",
+    as_json: Json = False,
+) -> Summary:
+    """Change documents through a function of a list of them, a model that describes images, say."""
+    from data_pipeline.ray_jobs import recaption_corpus
+
+    _join(ray, workers)
+    return recaption_corpus(source, str(out), function, workers)
+
+
+def dedup(
+    source: Source, out: Out, workers: Workers = 2, ray: Cluster = "local", as_json: Json = False
+) -> Summary:
+    """Leave out images that look like an earlier one (perceptual hash)."""
+    from data_pipeline.ray_jobs import dedup_corpus
+
+    _join(ray, workers)
+    return dedup_corpus(source, str(out), workers)
+
+
+def _join(address: str, workers: int) -> None:
+    from data_pipeline.ray_service import connect
+
+    connect(DataSettings(ray_address=address, workers=workers))
