@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from data_pipeline import service_cli
 from data_pipeline.corpus import make_index
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.formats import Summary, find_shards, parse_content, read_range, scan_file
@@ -22,6 +23,8 @@ from data_pipeline.importers.html import import_html
 from data_pipeline.importers.mmc4 import Filters, import_mmc4
 from data_pipeline.importers.obelics import import_obelics
 from data_pipeline.importers.pairs import import_pairs
+from data_pipeline.inspect import inspect
+from data_pipeline.settings import DataSettings, SourceSettings
 from data_pipeline.storybook import write_stories
 from data_pipeline.tokens import train_tokenizer
 
@@ -173,6 +176,31 @@ def index(
     return summary
 
 
+@app.command("inspect")
+@reported
+def inspect_shards(
+    shards: Annotated[str, typer.Argument(help="Folder or URL of shards.", show_default=False)],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer.json of the runs to come.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="HTML page to write.", show_default=False)],
+    kind: Annotated[str, typer.Option(help="interleaved or pairs.")] = "interleaved",
+    rows: Annotated[int, typer.Option(min=1, help="Packed rows to show.")] = 8,
+    context_length: Annotated[int, typer.Option(help="Tokens of a row.")] = 2048,
+    image_tokens: Annotated[int, typer.Option(help="Placeholders of an image.")] = 64,
+    as_json: Json = False,
+) -> Summary:
+    """Show documents as a run sees them, and statistics, on an HTML page."""
+    settings = DataSettings(
+        sources=[SourceSettings(Path(shards).name or "source", shards, 1.0, kind)],
+        tokenizer=str(tokenizer),
+        context_length=context_length,
+        image_tokens=image_tokens,
+        image_size=64,
+        drawn_size=64,
+        window=256,
+    )
+    return inspect(settings, out, rows)
+
+
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """A progress bar on stderr; yields what is to be called with the number done and the total."""
@@ -247,3 +275,10 @@ def fit_tokenizer(shards: list[Path], out: Path, vocabulary: int) -> Summary:
     out.parent.mkdir(parents=True, exist_ok=True)
     trained.save(out)
     return summary
+
+
+app.command("bench")(service_cli.bench)
+app.command("serve")(service_cli.serve)
+app.command("filter")(reported(service_cli.filter_))
+app.command("recaption")(reported(service_cli.recaption))
+app.command("dedup")(reported(service_cli.dedup))

@@ -336,23 +336,34 @@ def make_index(
         DataError: when there are no shards, or one is no tar file.
     """
     own = Storage(storage)
-    fingerprint = load_tokenizer(tokenizer).fingerprint
+    loaded = load_tokenizer(tokenizer)
     found = find_shards(path, path, own)
     shards: list[Shard] = []
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), initializer=_begin, initargs=(tokenizer, own.settings)
-    ) as pool:
-        for shard in _results(pool, found, holdout):
-            shards.append(shard)
-            progress(len(shards), len(found))
-    return shards, write_manifest(own, path, shards, fingerprint, holdout)
+    for shard in _indexed(found, own, loaded, tokenizer, holdout, workers):
+        shards.append(shard)
+        progress(len(shards), len(found))
+    return shards, write_manifest(own, path, shards, loaded.fingerprint, holdout)
 
 
-def _results(pool: ProcessPoolExecutor, found: list[tuple[str, Stamp]], holdout: float) -> Iterator[Shard]:
-    try:
-        yield from pool.map(_index_one, found, [holdout] * len(found))
-    finally:
-        pool.shutdown(cancel_futures=True)
+def _indexed(
+    found: list[tuple[str, Stamp]],
+    storage: Storage,
+    tokenizer: Tokenizer,
+    path: str,
+    holdout: float,
+    workers: int,
+) -> Iterator[Shard]:
+    """Lines of the manifest, in the order of the shards; made here where there is one worker."""
+    if workers == 1:
+        for url, stamp in found:
+            yield summary(url, *index_shard(storage, url, stamp, tokenizer), holdout)
+        return
+    context, begin = get_context("spawn"), (path, storage.settings)
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=begin) as pool:
+        try:
+            yield from pool.map(_index_one, found, [holdout] * len(found))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _begin(tokenizer: str, storage: StorageSettings) -> None:

@@ -69,7 +69,7 @@ class FaultProxy:
             writer.close()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        head, body = await _message(reader)
+        head, body = await _message(reader, writer=writer)
         fault = self._random.choice(self.kinds) if self._random.random() < self.rate else "none"
         self.met[fault] += 1
         if fault in ("error", "slow down"):
@@ -111,12 +111,17 @@ class FaultProxy:
         return True
 
 
-async def _message(reader: asyncio.StreamReader, bodiless: bool = False) -> tuple[bytes, bytes]:
-    """Head and body of a request or an answer, both with a length or in chunks."""
+async def _message(
+    reader: asyncio.StreamReader, bodiless: bool = False, writer: asyncio.StreamWriter | None = None
+) -> tuple[bytes, bytes]:
+    """Head and body of a request or an answer; a client that asks whether to send a body is told to."""
     head = await reader.readuntil(b"\r\n\r\n")
     lines = head.decode("latin-1").lower().split("\r\n")
     fields = dict(line.split(":", 1) for line in lines[1:] if ":" in line)
-    if "100-continue" in fields.get("expect", ""):
-        raise OSError("not supported")
+    if "100-continue" in fields.get("expect", "") and writer is not None:
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        await writer.drain()
+        kept = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"expect:")]
+        head = b"\r\n".join(kept)
     length = 0 if bodiless else int(fields.get("content-length", 0))
     return head, await reader.readexactly(length)
