@@ -20,7 +20,9 @@ from data_pipeline.batch import IGNORED, Batch
 from data_pipeline.rows import SpecialTokens
 from mmi_megatron.config import Config, RecomputeConfig
 
-SEED = 7
+SEED = 12
+"""Of the noise. With this one no scalar's gradient is a small difference of large terms, whose float32
+rounding alone would be near the 1e-5 asked for; in the plain model it is 2.5e-6 at most."""
 ROWS = 4
 
 

@@ -99,13 +99,40 @@ def wrap_stages(stages: Sequence[nn.Module], config: Config) -> list[Distributed
 
 
 def _overlap(wrapped: list[DistributedDataParallel]) -> None:
-    """Reduce gradients after the last micro-batch only, and wait for parameters where they are read
-    without the call of a module that Megatron's hooks see."""
+    """Reduce gradients after the last micro-batch only, in one order, and wait for parameters where
+    they are read without the call of a module that Megatron's hooks see."""
     transformer: Any = wrapped[0].config
     no_sync = [stage.no_sync for stage in wrapped]
     transformer.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     for stage in wrapped:
+        _InOrder(stage)
         stage.module.ready = partial(_wait_for, stage)
+
+
+class _InOrder:
+    """Starts the exchanges of a stage's gradients in the same order on every rank. Megatron starts each
+    when its gradients are there, which in a micro-batch without images is another order than in one
+    with them; ranks would exchange different parameters with each other."""
+
+    def __init__(self, stage: DistributedDataParallel):
+        position = {parameter: index for index, parameter in enumerate(stage.module.parameters())}
+        groups = stage.bucket_groups + stage.expert_parallel_bucket_groups
+        self.groups = sorted(groups, key=lambda group: -max(position[p] for p in group.params))
+        self.starts = [group.start_grad_sync for group in self.groups]
+        self.waiting: dict[int, dict] = {}
+        self.next = 0
+        for index, group in enumerate(self.groups):
+            group.start_grad_sync = partial(self.start, index)
+
+    def start(self, index: int, **options) -> None:
+        """Take the place of a group's ``start_grad_sync``."""
+        if self.groups[index].is_first_batch:  # nothing overlaps yet; they follow each other at the end
+            self.starts[index](**options)
+            return
+        self.waiting[index] = options
+        while self.next in self.waiting:
+            self.starts[self.next](**self.waiting.pop(self.next))
+            self.next = (self.next + 1) % len(self.groups)
 
 
 def _wait_for(stage: DistributedDataParallel, part: nn.Module) -> None:
