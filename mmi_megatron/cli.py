@@ -34,7 +34,9 @@ Preset = Annotated[str, typer.Argument(help="Name of a preset, or a YAML file.",
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...", help="Settings to change, as in train.steps=100.", show_default=False
+        metavar="[KEY=VALUE]...",
+        help="Settings to change, as in train.steps=100; use=llm/mistral-7b lays a fragment over the preset.",
+        show_default=False,
     ),
 ]
 

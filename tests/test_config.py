@@ -194,7 +194,7 @@ def test_own_file_on_top_of_a_preset_and_of_another_file(tmp_path):
         ("model.vision.width=null", ["model.vision.width", "expected a whole number", "null"]),
         ("model.decoder.unet.channels=[32,a]", ["model.decoder.unet.channels.1", "expected a whole number"]),
         ("model.decoder.unet.channels=32", ["channels", "a list, each entry a whole number"]),
-        ("model.vision=3", ["model.vision", "a section with image_size"]),
+        ("model.vision=3", ["model.vision", "a section with tower, image_size"]),
         ("model.vision.width.x=3", ["model.vision.width is a value", "'x'"]),
         ("data.sources.4.path=x", ["data.sources has 1 entries", "'4'"]),
         ("train.steps", ["'train.steps'", "key=value"]),

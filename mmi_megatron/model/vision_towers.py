@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -17,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmi_megatron.config import VisionConfig
 
-Tower = VisionTransformer | Eva
+Tower: TypeAlias = VisionTransformer | Eva
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -110,6 +111,5 @@ def embed(vit: Tower, images: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def run_layer(layer: nn.Module, tokens: Tensor, rope: Tensor | None, again: bool = False) -> Tensor:
     """One layer on tokens [I, n, width]; ``again`` computes it anew in the backward pass."""
-    if rope is not None:
-        layer = partial(layer, rope=rope)
-    return checkpoint(layer, tokens, use_reentrant=False) if again else layer(tokens)
+    run = layer if rope is None else partial(layer, rope=rope)
+    return checkpoint(run, tokens, use_reentrant=False) if again else run(tokens)
