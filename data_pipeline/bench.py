@@ -180,8 +180,8 @@ def run(
         DataError: when an executor cannot be started.
     """
     if folder is None:
-        with tempfile.TemporaryDirectory() as made:
-            return run(executors, images, workers, decoder, rounds, Path(made))
+        with tempfile.TemporaryDirectory() as place:
+            return run(executors, images, workers, decoder, rounds, Path(place))
     if not (folder / "shards").exists():
         make_shards(folder, images)
     kind = Decoder(decoder, 1).name
