@@ -124,6 +124,12 @@ def download_lists(
     retries: Annotated[int, typer.Option(min=0, help="Of a failure that may pass.")] = 2,
     max_bytes: Annotated[int, typer.Option(help="Of a file.")] = 20 << 20,
     smallest: Annotated[int, typer.Option(help="Pixels of the shorter side at least.")] = 64,
+    recipe: Annotated[
+        str | None, typer.Option(help="Filter as the paper: mmc4, laion-2b, laion-coco or captioned.")
+    ] = None,
+    aesthetic: Annotated[float | None, typer.Option(help="Least aesthetics score.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="Drop captions of fewer tokens.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json to count them with.")] = None,
     unsafe: Annotated[float, typer.Option(help="Most probability of NSFW (punsafe).")] = 0.5,
     watermark: Annotated[float, typer.Option(help="Most probability of a watermark (pwatermark).")] = 0.8,
     similarity: Annotated[float, typer.Option(help="Least CLIP similarity of a pair.")] = 0.0,
@@ -139,13 +145,17 @@ def download_lists(
 ) -> Summary:
     """Download lists of URLs (LAION, MMC4, OBELICS) to shards. Goes on where it was stopped."""
     try:
-        from data_pipeline.download.run import Download, Filters, Limits, download
+        from data_pipeline.download.run import RECIPES, Download, Filters, Limits, download
     except ModuleNotFoundError as error:
         raise DataError(f"downloads need {error.name}: pip install mmi-megatron[data-service]") from None
+    if recipe is not None and recipe not in RECIPES:
+        raise DataError(f"--recipe {recipe}: none of {', '.join(RECIPES)}")
+    chosen = {"aesthetic": aesthetic, "min_tokens": min_tokens, "tokenizer": tokenizer and str(tokenizer)}
+    own = RECIPES.get(recipe or "", {}) | {name: value for name, value in chosen.items() if value is not None}
     wanted = Download(
         lists,
         out,
-        Filters(unsafe, watermark, similarity, license or [], not ignore_opt_out),
+        Filters(unsafe, watermark, similarity, license or [], not ignore_opt_out, **own),
         limits=Limits(
             connections, per_host, timeout, retries, max_bytes, smallest, opt_out=not ignore_opt_out
         ),

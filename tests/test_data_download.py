@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,9 +23,11 @@ from data_pipeline.download import run as run_module
 from data_pipeline.download.addresses import AddressRule, CheckedResolver, Forbidden
 from data_pipeline.download.fetch import Limits
 from data_pipeline.download.lists import Filters, read_lists
-from data_pipeline.download.run import Download, download
+from data_pipeline.download.run import RECIPES, Download, download
 from data_pipeline.errors import DataError, SettingsError
 from data_pipeline.formats import parse_content, read_range, scan_file
+from data_pipeline.importers import mmc4
+from tests.data_corpora import make_tokenizer
 
 LOOPBACK = ["127.0.0.0/8"]
 
@@ -260,6 +263,32 @@ def test_filters_leave_lines_out_by_their_columns(tmp_path, server):
     reasons = ["NSFW", "NSFW", "watermark", "license", "opted out", "image unlike its text"]
     assert dropped == Counter(reasons)
     assert len(list(read_lists(tmp_path / "list.parquet", Filters(opt_out=False), dropped.update))) == 4
+
+
+def test_recipes_are_the_corpora_of_the_preset_and_filter_as_the_paper(tmp_path, server):
+    preset = Path(__file__).parent.parent / "mmi_megatron" / "presets" / "paper-13b.yaml"
+    sources = yaml.safe_load(preset.read_text())["data"]["sources"]
+    assert [(s["name"], s["weight"], s["kind"]) for s in sources] == [
+        ("mmc4", 2.0, "interleaved"),
+        *((name, 1.0, "pairs") for name in ("laion-2b", "laion-coco", "captioned")),
+    ]
+    assert list(RECIPES) == [s["name"] for s in sources]
+    assert mmc4.Filters() == mmc4.Filters(similarity=0.24, max_images=6, drop_single=0.5)
+    texts = ["one two", "one two three four five six seven eight nine ten eleven"]
+    columns = {
+        "url": ["http://127.0.0.1:1/a", "http://127.0.0.1:1/b"],
+        "caption": texts,
+        "AESTHETIC_SCORE": [5.5, 4.0],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    given = [str(tmp_path / "list.parquet"), "--allow", "127.0.0.1", "--retries", "0", "--json"]
+    tokenizer = make_tokenizer(tmp_path)
+    for recipe, reason in (("laion-2b", "aesthetics score 1"), ("laion-coco", "caption under 10 tokens 1")):
+        arguments = ["download", *given, "--out", str(tmp_path / recipe), "--recipe", recipe]
+        result = CliRunner().invoke(cli.app, [*arguments, "--tokenizer", tokenizer])
+        assert reason in result.output  # nothing is kept: nobody listens there
+    assert "needs --tokenizer" in CliRunner().invoke(cli.app, arguments).output
+    assert "none of mmc4" in CliRunner().invoke(cli.app, [*arguments, "--recipe", "x"]).output
 
 
 def test_mmc4_and_obelics_lists_become_documents(tmp_path, server):

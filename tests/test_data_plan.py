@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.balance import balance
+from data_pipeline.balance import balance, row_cost
 from data_pipeline.errors import SettingsError
 from data_pipeline.index import IMAGE
 from data_pipeline.mix import next_source
 from data_pipeline.pack import pack
 from data_pipeline.plan import Part, keyed, parts_of, permuted, split_document
+from data_pipeline.planner import Order
 from data_pipeline.settings import DataSettings, SourceSettings, check_settings, whole_weights
 
 
@@ -126,14 +127,76 @@ def test_packing_loses_nothing_and_keeps_the_limits(sizes, max_images):
         assert sum(sum(p.length for p in row) <= 25 for row in rows) <= 1
 
 
-def test_packing_fills_rows_at_lengths_like_mmc4():
+def mmc4_like(count: int, rng: np.random.Generator) -> list[Part]:
+    """Documents of 1 to 6 images of 65 tokens with a log-normal text to each."""
+    parts = []
+    for _ in range(count):
+        images = int(rng.integers(1, 7))
+        text = int(np.clip(rng.lognormal(4.8, 0.9, images), 3, 2000).sum())
+        parts.append(part(min(2 + 65 * images + text, 2048), images))
+    return parts
+
+
+@pytest.mark.parametrize(("room", "least"), [(2048, 0.98), (8192, 0.98)])
+def test_packing_fills_rows_at_lengths_like_mmc4(room, least):
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(6.6, 0.7, 4096), 40, 2048).astype(int)
     fills = []
-    for at in range(0, 4096, 1024):
-        rows = pack([part(int(n)) for n in lengths[at : at + 1024]], 2048)
-        fills.append(sum(p.length for row in rows for p in row) / (2048 * len(rows)))
-    assert np.mean(fills) > 0.98
+    for _ in range(4):
+        rows = pack(mmc4_like(1024, rng), room)
+        fills.append(sum(p.length for row in rows for p in row) / (room * len(rows)))
+    assert min(fills) > least
+
+
+def test_the_cost_of_64_ranks_is_even_at_lengths_like_mmc4():
+    rng = np.random.default_rng(0)
+    chosen = DataSettings(context_length=8192)
+    rows = [row for _ in range(10) for row in pack(mmc4_like(1024, rng), 8192)]
+    random = rng.permutation(len(rows)).tolist()
+    spreads, unbalanced = [], []
+    for at in range(0, len(rows) - 255, 256):
+        costs = [row_cost(rows[i], chosen) for i in random[at : at + 256]]
+        load = [sum(costs[i] for i in own) for own in balance(costs, 64)]
+        spreads.append(max(load) / np.mean(load))
+        in_order = np.array(costs).reshape(64, 4).sum(1)
+        unbalanced.append(in_order.max() / in_order.mean())
+    assert len(spreads) > 3
+    assert max(spreads) <= 1.02 < min(unbalanced)
+
+
+def order_of(shards: list[int], together: int, seed: int) -> Order:
+    """The order of a source whose shards hold so many documents; its indexes are never read."""
+
+    class Numbers:
+        def __init__(self):
+            self.starts = np.cumsum([0, *shards])
+
+        def counts(self, split):
+            return np.array(shards)
+
+        def fetch(self, wanted):
+            assert len(wanted) <= together
+
+        def numbers(self, split, shard):
+            return np.arange(self.starts[shard], self.starts[shard + 1])
+
+    return Order(Numbers(), "train", together, seed)
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(any), st.integers(1, 6), st.integers(0, 99)
+)
+@settings(max_examples=100, deadline=None)
+def test_a_pass_meets_every_document_once_with_few_shards_open(shards, together, seed):
+    order = order_of(shards, together, seed)
+    total = sum(shards)
+    starts = np.cumsum([0, *shards])
+    for epoch in (0, 1):
+        met = [order.number(epoch, index) for index in range(total)]
+        assert sorted(met) == list(range(total))
+        assert met[total // 2] == order_of(shards, together, seed).number(epoch, total // 2)  # no state
+        own = [int(np.searchsorted(starts, number, side="right")) - 1 for number in met]
+        spans = [(own.index(s), len(own) - own[::-1].index(s)) for s in set(own)]
+        assert all(sum(a <= at < b for a, b in spans) <= together for at in range(total))
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.randoms(use_true_random=False))

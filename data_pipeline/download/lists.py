@@ -22,9 +22,11 @@ import pyarrow.parquet as pq
 
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.importers.common import Drop, find_inputs, read_lines
+from data_pipeline.tokens import load_tokenizer
 
 PATTERNS = ("*.parquet", "*.jsonl", "*.jsonl.gz", "*.jsonl.zip")
 UNSAFE = {"nsfw": "NSFW", "likely": "NSFW", "unsafe": "NSFW", "true": "NSFW", "yes": "NSFW"}
+AESTHETIC = ("aesthetic", "aesthetic_score", "aesthetics_score")
 KEPT_COLUMNS = ("license", "width", "height", "similarity", "language", "lang", "punsafe", "pwatermark")
 
 
@@ -38,6 +40,9 @@ class Filters:
         similarity: least CLIP similarity, 0 for any.
         licenses: those that are kept, any case; empty: all.
         opt_out: whether lines that say no (``opt_out``, or robots' ``noai``, ``noimageai``) are left out.
+        aesthetic: least aesthetics score (``aesthetic``, ``aesthetic_score``), 0 for any.
+        min_tokens: captions of fewer tokens are left out, counted with ``tokenizer``.
+        tokenizer: a ``tokenizer.json``.
     """
 
     unsafe: float = 0.5
@@ -45,6 +50,13 @@ class Filters:
     similarity: float = 0.0
     licenses: list[str] = field(default_factory=list)
     opt_out: bool = True
+    aesthetic: float = 0.0
+    min_tokens: int = 0
+    tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        if self.min_tokens and not self.tokenizer:
+            raise DataError("--min-tokens needs --tokenizer to count with")
 
     def check(self, line: dict[str, Any]) -> None:
         """Check a line; its names are in lower case.
@@ -58,6 +70,8 @@ class Filters:
             raise BadSample("watermark")
         if _number(line, "similarity", 1.0) < self.similarity:
             raise BadSample("image unlike its text")
+        if self.aesthetic and max(_number(line, name) for name in AESTHETIC) < self.aesthetic:
+            raise BadSample("aesthetics score")
         if self.opt_out and str(line.get("opt_out", "")).strip().lower() in (
             "true",
             "1",
@@ -70,6 +84,19 @@ class Filters:
             own = str(line.get("license") or "").strip().lower()
             if own not in {name.lower() for name in self.licenses}:
                 raise BadSample("license")
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "mmc4": {},
+    "laion-2b": {"aesthetic": 5.0},
+    "laion-coco": {"min_tokens": 10},
+    "captioned": {},
+}
+"""The paper's corpora (appendix, dataset details), by the names the preset ``paper-13b`` mixes 2:1:1:1, and
+how their lists are filtered. MMC4's own rules (similarity 0.24, 6 images, half of the documents with one)
+are ``importers.mmc4.Filters``. The paper filters LAION-2B by aesthetics scores and names no bound; 5 is that
+of Stable Diffusion's second stage. It drops texts "with length shorter than 10" and names no unit: tokens
+here."""
 
 
 @dataclass
@@ -93,6 +120,11 @@ class Wanted:
         """Addresses of the images, in order."""
         return [value for kind, value in self.content if kind == "url"]
 
+    @property
+    def texts(self) -> list[str]:
+        """Pieces of text, in order."""
+        return [value for kind, value in self.content if kind == "text"]
+
 
 def read_lists(folder: Path | str, filters: Filters, drop: Drop) -> Iterator[Wanted]:
     """All documents that the lists name and the filters keep; what is left out is counted.
@@ -100,11 +132,17 @@ def read_lists(folder: Path | str, filters: Filters, drop: Drop) -> Iterator[Wan
     Raises:
         DataError: when there are no lists.
     """
+    encode = load_tokenizer(filters.tokenizer).encode if filters.min_tokens else None
     for path in find_inputs(folder, PATTERNS):
         stem = re.sub(r"[^A-Za-z0-9_\-]+", "_", path.name.split(".")[0])[:100]
         for number, line in _lines(path, drop):
             try:
-                yield _wanted(f"{stem}-{number:09d}", {str(k).lower(): v for k, v in line.items()}, filters)
+                wanted = _wanted(
+                    f"{stem}-{number:09d}", {str(k).lower(): v for k, v in line.items()}, filters
+                )
+                if encode is not None and sum(len(encode(t)) for t in wanted.texts) < filters.min_tokens:
+                    raise BadSample(f"caption under {filters.min_tokens} tokens")
+                yield wanted
             except BadSample as bad:
                 drop(bad.reason)
 

@@ -20,11 +20,13 @@ from typing import Any
 
 from data_pipeline.download.addresses import AddressRule
 from data_pipeline.download.fetch import Fetcher, Limits
-from data_pipeline.download.lists import PATTERNS, Filters, Wanted, read_lists
+from data_pipeline.download.lists import PATTERNS, RECIPES, Filters, Wanted, read_lists
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.formats import Document, Summary, write_shard
 from data_pipeline.importers import mmc4
 from data_pipeline.importers.common import find_inputs
+
+__all__ = ["RECIPES", "Download", "Filters", "Limits", "download"]
 
 PLAN = "download.json"
 MOST_IMAGES = 256
