@@ -113,7 +113,7 @@ def _fill(chunks: Sequence[nn.Module], sharded: list[dict], folder: Folder, held
         str(number): {name: tensor for name, tensor in _tensors(part).items() if tensor.key in held}
         for number, part in enumerate(sharded)
     }
-    state = fill(folder, {"model": wanted})["model"]
+    state = fill(folder, {"model": wanted}).get("model", {})  # nothing for a stage without such parts
     for number, chunk in enumerate(chunks):
         result = chunk.load_state_dict(state.get(str(number), {}), strict=False)
         if result.unexpected_keys:
