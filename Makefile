@@ -1,6 +1,8 @@
 # make quickstart   set up, train, resume and write an illustrated page on this machine
 # make test         set up and run the tests
 # make soak         set up and run what is long or needs servers on this machine, with a dated log
+# make gpu          build the kernels with nvcc, test and measure them on this machine's GPU; installs nothing:
+#                   PYTHON has torch with CUDA, and what is missing besides is named
 # make check        formatting, lint and types
 # make clean        remove the environment and everything built
 #
@@ -15,7 +17,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 BIN = .venv/bin
 export TORCH_INDEX
 
-.PHONY: quickstart test soak check clean setup setup-dev setup-soak kernels python
+.PHONY: quickstart test soak gpu check clean setup setup-dev setup-soak kernels python
 
 quickstart: setup kernels
 	$(BIN)/mmi quickstart
@@ -29,6 +31,22 @@ soak: setup-soak kernels
 	@mkdir -p runs/soak
 	log=runs/soak/$$(date -u +%Y-%m-%dT%H%M%SZ).log; git log -1 --format='commit %h' | tee $$log; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -v $(SOAK) 2>&1 | tee -a $$log
+
+# A library built before serves where there is no nvcc. The sanitizer looks at a part of the tests: it
+# makes them some fifty times slower.
+GPU_TESTS = tests/test_kernels_cuda.py tests/gpu
+SANITIZED = test_channels or test_images or test_maps or test_more_queries
+gpu: export PYTHONPATH := .:kernels
+gpu: python
+	@$(PYTHON) tests/gpu/ready.py
+	$(PYTHON) -m mmi_kernels.build
+	$(PYTHON) -m pytest -m gpu $(GPU_TESTS)
+	@if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck; do \
+		echo "compute-sanitizer --tool $$tool"; \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest -m gpu \
+			-k "$(SANITIZED)" tests/test_kernels_cuda.py || exit 1; \
+	done; fi
+	$(PYTHON) -m benchmarks.kernels
 
 check: setup-dev
 	$(BIN)/ruff format --check .

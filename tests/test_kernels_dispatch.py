@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mmi_kernels
-from mmi_kernels import library, mmfs_attention, ms_deform_attn
+from mmi_kernels import intervals, library, mmfs_attention, ms_deform_attn
 from mmi_kernels.autograd import OPS
 from tests.test_kernels_deform import draw
 from tests.test_kernels_oracle import DIFFERENTIABLE, Case, implementation, implementations
@@ -39,6 +39,7 @@ def call(case: Case, **changed):
         ("reference_points", lambda t: t[:2], r"\(6, 2\) or \(1, 2\)"),
         ("sink_value", lambda t: t[:, 1:], r"\(2, 7\)"),
         ("visible", lambda t: t.float(), r"int32 \[G, 2\]"),
+        ("visible", lambda t: t.bool(), r"int32 \[G, 2\], got torch.bool .*mmi_kernels.intervals"),
         ("visible", lambda t: t[:, :1], r"int32 \[G, 2\]"),
         ("visible", lambda t: t[:4], "6 queries do not divide into 4 groups"),
         ("visible", lambda t: t.to("meta"), "lies on meta"),
@@ -167,6 +168,93 @@ def test_autocast_keeps_the_arithmetic_in_float32():
         inside = call(case)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, call(case))
+
+
+class Projected(torch.nn.Module):
+    """Both operators after linear layers, as in the model."""
+
+    def __init__(self, case: Case):
+        super().__init__()
+        self.case = case
+        self.value = torch.nn.Linear(5, case.heads * case.channels)
+        self.offsets = torch.nn.Linear(5, case.heads * case.points * 2)
+
+    def forward(self, maps: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        case = self.case
+        value = self.value(maps).unflatten(-1, (case.heads, case.channels))
+        offsets = self.offsets(query).unflatten(-1, (case.heads, case.points, 2))
+        fused = call(case, value=value, offsets=offsets)
+        levels = len(case.shapes)
+        # [N, Q, H, L, P, 2], the queries cut into as many parts as there are images
+        locations = offsets.unflatten(0, (case.images, -1))[:, :, :, None].expand(-1, -1, -1, levels, -1, -1)
+        general = ms_deform_attn(value, case.shapes, locations.sigmoid(), locations[..., 0].softmax(-1))
+        return fused, general
+
+
+def test_autocast_projects_in_bfloat16_and_samples_in_float32():
+    case = Case(dtype=torch.float32).drawn()
+    torch.manual_seed(0)
+    module = Projected(case)
+    maps = torch.randn(case.images, 41, 5)
+    query = torch.randn(case.queries, 5)
+    exact = module(maps, query)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = module(maps, query)
+    for wide, narrow in zip(exact, mixed, strict=True):
+        assert narrow.dtype == torch.bfloat16  # that of the projected value
+        assert float((wide - narrow.float()).abs().max()) < 0.05 * float(wide.abs().max())
+    sum(out.float().sum() for out in mixed).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in module.parameters())
+
+
+def scattered(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers with every other element in between and the axes stored the other way round."""
+    store = torch.full((*reversed(tensor.shape), 2), float("nan")).to(tensor.dtype)
+    store[..., 0] = tensor.permute(*reversed(range(tensor.ndim)))
+    return store[..., 0].permute(*reversed(range(tensor.ndim)))
+
+
+def test_strides_do_not_matter():
+    case = Case(dtype=torch.float32).drawn()
+    expected = call(case)
+    for name in (*DIFFERENTIABLE, "visible"):
+        assert torch.equal(call(case, **{name: scattered(case.tensors[name])}), expected), name
+    shapes = ((4, 6), (2, 3))
+    t = draw(0, 2, 5, 2, 8, shapes, 3, torch.float32)
+    arguments = [t[name] for name in ("value", "sampling_locations", "attention_weights")]
+    for index in range(3):
+        changed = list(arguments)
+        changed[index] = scattered(arguments[index])
+        found, want = (ms_deform_attn(a[0], shapes, *a[1:]) for a in (changed, arguments))
+        assert torch.equal(found, want), index
+
+
+@pytest.mark.parametrize("name", implementations())
+def test_elements_beyond_two_to_the_31(name, tmp_path):
+    """The second image lies further than 32-bit indices reach; the file behind it is sparse."""
+    case = Case(images=2, groups=1, channels=32, dtype=torch.float16, seed=2).drawn()
+    case.tensors["visible"] = torch.tensor([[0, 2]]).int()
+    value = case.tensors["value"]
+    apart = 2**31 + 40
+    elements = apart + value[0].numel()
+    store = torch.from_file(str(tmp_path / "value"), shared=True, size=elements, dtype=torch.float16)
+    far = store.as_strided(value.shape, (apart, *value.stride()[1:]))
+    far.copy_(value)
+    with implementation(name) as (mmfs, _):
+        expected, found = case.run(mmfs), case.run(mmfs, value=far)
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_a_mask_becomes_intervals_unless_it_has_gaps():
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]]).bool()
+    assert intervals(mask).tolist() == [[1, 3], [0, 0], [0, 4], [3, 4]]
+    assert intervals(mask).dtype == torch.int32
+    assert intervals(mask[:, :0]).tolist() == [[0, 0]] * 4
+    mask[2, 1] = False
+    with pytest.raises(ValueError, match=r"^mask: group 2 sees images \[0, 2, 3\], which has a gap"):
+        intervals(mask)
+    with pytest.raises(ValueError, match=r"^mask: expected bool \[G, I\]"):
+        intervals(mask.int())
 
 
 def test_status_tells_what_runs():

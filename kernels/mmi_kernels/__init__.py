@@ -10,6 +10,6 @@ from mmi_kernels.library import status
 if library.load():
     autograd.register()
 
-from mmi_kernels.ops import mmfs_attention, ms_deform_attn
+from mmi_kernels.ops import intervals, mmfs_attention, ms_deform_attn
 
-__all__ = ["mmfs_attention", "ms_deform_attn", "status"]
+__all__ = ["intervals", "mmfs_attention", "ms_deform_attn", "status"]

@@ -131,6 +131,35 @@ def ms_deform_attn(
     return reference.ms_deform_attn(value, shapes, sampling_locations, attention_weights)
 
 
+def intervals(mask: Tensor) -> Tensor:
+    """The half-open intervals of images that a mask lets queries see, for ``mmfs_attention``.
+
+    Args:
+        mask: bool [G, I], True where the queries of group g see image i.
+
+    Returns:
+        int32 [G, 2]; (0, 0) for a group that sees nothing.
+
+    Raises:
+        ValueError: a group sees two images, but not one between them. Order the images so that each
+            group's lie side by side.
+    """
+    if mask.ndim != 2 or mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected bool [G, I], got {mask.dtype} {tuple(mask.shape)}")
+    image = torch.arange(1, mask.shape[1] + 1, device=mask.device, dtype=torch.int32)
+    last = torch.where(mask, image, 0).amax(1) if len(image) else image.new_zeros(len(mask))
+    count = mask.sum(1, dtype=torch.int32)
+    found = torch.stack([last - count, last], 1)
+    gaps = (mask & (image <= found[:, :1])).any(1)
+    if gaps.any():
+        group = int(gaps.nonzero()[0, 0])
+        seen = mask[group].nonzero().flatten().tolist()
+        raise ValueError(
+            f"mask: group {group} sees images {seen}, which has a gap; mmfs_attention takes intervals"
+        )
+    return found
+
+
 def as_shapes(spatial_shapes: Sequence[tuple[int, int]] | Tensor) -> tuple[tuple[int, int], ...]:
     """Level sizes as a tuple of (height, width)."""
     if isinstance(spatial_shapes, Tensor):
@@ -206,7 +235,8 @@ def _check_mmfs(
         _check_floating(value, sink_value=sink_value)
         _check_shape("sink_value", sink_value, (heads, value.shape[3]))
     if visible.ndim != 2 or visible.shape[1] != 2 or visible.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"visible: expected int32 [G, 2], got {visible.dtype} {tuple(visible.shape)}")
+        hint = "; a mask becomes intervals by mmi_kernels.intervals" if visible.dtype == torch.bool else ""
+        raise ValueError(f"visible: expected int32 [G, 2], got {visible.dtype} {tuple(visible.shape)}{hint}")
     if visible.device != value.device:
         raise ValueError(f"visible: lies on {visible.device}, value on {value.device}")
     groups = visible.shape[0]
