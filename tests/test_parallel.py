@@ -193,3 +193,33 @@ def test_twenty_steps_agree_at_one_and_two_ranks(ranks):
     for name, tensor in two[0][1].items():
         assert torch.equal(tensor, two[1][1][name]), f"{name} differs between the ranks"
     assert weights.keys() == two[0][1].keys()
+
+
+def biased_gradients(tensor: int, sharded: bool):
+    """The language model's losses and gradients by plain name, where queries, keys and values have a
+    bias (Qwen2)."""
+    from mmi_megatron.model.mm_interleaved import prepare
+    from mmi_megatron.parallel import groups
+    from mmi_megatron.parallel.plain import gather_plain
+
+    config = small_config(tensor)
+    config.model.language.qkv_bias = True
+    groups.initialize(config)
+    try:
+        model = sharded_model(config) if sharded else plain_model(config)
+        losses = model(prepare(random_batch(SEED), SPECIAL, config.model, torch.device("cpu")), SEED, 3)
+        loss_of(losses, config).backward()
+        language = model.language_model
+        if sharded:
+            return losses.tokens.detach(), gather_plain(language, lambda p: p.grad)
+        return losses.tokens.detach(), {name: p.grad for name, p in language.named_parameters()}
+    finally:
+        groups.destroy()
+
+
+def test_biases_of_queries_keys_and_values_are_divided_as_their_weights(ranks):
+    wanted, plain = ranks.run(1, biased_gradients, 1, False)[0]
+    assert plain["layers.0.self_attn.k_proj.bias"].abs().max() > 0
+    for found, got in ranks.run(2, biased_gradients, 2, True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert_same_gradients(got, plain)
