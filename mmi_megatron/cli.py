@@ -274,6 +274,16 @@ def doctor() -> None:
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
+def checkpoint(context: typer.Context) -> None:
+    """Checkpoints of a run, listed, checked, rewritten: `mmi checkpoint --help`."""
+    from mmi_megatron.checkpoint_cli import app as commands
+
+    commands(args=context.args or ["--help"], prog_name="mmi checkpoint")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
 def data(context: typer.Context) -> None:
     """Documents to training data: `mmi data --help`."""
     from data_pipeline.cli import app as commands

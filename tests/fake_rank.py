@@ -10,10 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from mmi_megatron.train import worker
+from mmi_megatron.train.pulse import Pulse, Watchdog
+from mmi_megatron.train.signals import STOPPED, StopSignals
 
 
-def act(config, out: Path, resume: bool, stop_after: int | None) -> None:
-    """Do what the test wants of this rank."""
+def act(config, out: Path, resume: bool, stop_after: int | None) -> int | None:
+    """Do what the test wants of this rank; its exit code."""
     rank, what = int(os.environ["RANK"]), os.environ["FAKE"]
     (out / f"pid_{rank}").write_text(str(os.getpid()))
     print(f"hello from {rank} of {os.environ['WORLD_SIZE']}, threads {os.environ['OMP_NUM_THREADS']}")
@@ -36,6 +38,40 @@ def act(config, out: Path, resume: bool, stop_after: int | None) -> None:
         time.sleep(120)
     elif what in ("collective", "hang"):
         collective(rank, what)
+    elif what in ("stuck", "frozen"):
+        stuck(rank, out, what, config.train.timeout)
+    elif what == "saves":
+        with StopSignals() as signals:
+            (out / f"ready_{rank}").touch()
+            while not signals.received:
+                time.sleep(0.05)
+        return STOPPED
+    return None
+
+
+def stuck(rank: int, out: Path, what: str, timeout: int) -> None:
+    """Three steps, after which rank 1 takes part in no collective any more."""
+    import torch
+    import torch.distributed as dist
+
+    # The collective outlives the watchdog, except where the rank cannot even watch.
+    limit = timedelta(seconds=timeout if what == "frozen" else 120)
+    dist.init_process_group("gloo", timeout=limit)
+    pulse = Pulse(out / "logs", rank)
+    Watchdog(pulse, timeout)
+    for step in range(3):
+        pulse.beat(step, "language model forward")
+        dist.all_reduce(torch.ones(10))
+    if rank == 1:
+        wait_for_nobody(what)
+    dist.all_reduce(torch.ones(10))
+
+
+def wait_for_nobody(what: str) -> None:
+    """Make no progress."""
+    if what == "frozen":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(120)
 
 
 def collective(rank: int, what: str) -> None:

@@ -23,7 +23,7 @@ FLOORS = [
     {"model"},
     {"parallel"},
     {"train", "generate", "evaluate", "sizing", "convert", "params", "doctor"},
-    {"cli", "quickstart"},
+    {"cli", "checkpoint_cli", "quickstart"},
 ]
 """Rooms of mmi_megatron from the ground up: each imports from its own floor and from those below."""
 

@@ -15,7 +15,7 @@ import pytest
 
 from mmi_megatron.errors import ConfigError
 from mmi_megatron.settings import load_config
-from mmi_megatron.train import faults, launch
+from mmi_megatron.train import faults, launch, pulse
 
 STARTER = """
 import signal, sys
@@ -113,6 +113,38 @@ def test_a_hung_collective_ends_by_its_timeout(start, tmp_path, capfd):
     assert code == 1 and took < 40
     assert "rank 0 ended with exit code 1" in said.err and "imed out" in said.err
     assert not alive(tmp_path)
+
+
+def test_a_rank_that_hangs_is_named_with_its_step_part_and_stack(start, tmp_path, capfd):
+    code, said, took = start(capfd, "stuck", ["train.timeout=4"])
+    assert code == pulse.HUNG and took < 60
+    assert "rank 1 hung" in said.err and "hung at step 2, language model forward: no progress" in said.err
+    assert "in wait_for_nobody" in said.err and "fake_rank.py" in said.err
+    assert "wait_for_nobody" in pulse.stacks_path(tmp_path / "logs", 1).read_text()
+    assert not alive(tmp_path)
+
+
+def test_a_rank_that_cannot_even_say_so_is_named(start, tmp_path, capfd):
+    code, said, took = start(capfd, "frozen", ["train.timeout=8"])
+    assert code == pulse.HUNG and took < 60
+    assert "rank 1 hung" in said.err and "step 2, language model forward" in said.err
+    assert not alive(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_passed_on_and_ranks_save_and_stop(tmp_path, number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STARTER, str(tmp_path)],
+        env=os.environ | {"FAKE": "saves"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(tmp_path / "ready_0", tmp_path / "ready_1")
+    os.kill(process.pid, number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "Saved and stopped. to go on:  AGAIN" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

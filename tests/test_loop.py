@@ -16,6 +16,7 @@ from PIL import Image
 from mmi_megatron.train import launch, metrics
 from mmi_megatron.train.checkpoint_folder import newest
 from mmi_megatron.train.loop import check_tokenizer
+from mmi_megatron.train.signals import STOPPED
 from tests.small_run import story_config
 
 STEPS = 10
@@ -47,6 +48,14 @@ def undisturbed(config, tmp_path_factory):
     return out
 
 
+def stop_after(out: Path, step: int) -> None:
+    """Send this process, the launcher, SIGUSR1 when a step is reported."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and max(losses(out), default=0) < step:
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
 def kill_a_rank(out: Path, after: int) -> None:
     """Kill rank 1 once ``after`` steps are reported."""
     deadline = time.monotonic() + 120
@@ -75,6 +84,13 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(config, undisturbed, t
     assert said.count("Training ended") == 1 and "rank 1" in said and "SIGKILL" in said
     done = len(losses(tmp_path))
     assert newest(tmp_path / "checkpoints") is not None and done < STEPS
+    stopper = threading.Thread(target=stop_after, args=(tmp_path, 7))
+    stopper.start()
+    assert launch.launch(config, tmp_path, ranks=2, resume=True, again="AGAIN") == STOPPED
+    stopper.join()
+    done = max(losses(tmp_path))
+    assert 7 <= done < STEPS and newest(tmp_path / "checkpoints").name == f"step_{done:07d}"
+    assert f"AGAIN   (continues after step_{done:07d})" in capfd.readouterr().err
     assert launch.launch(config, tmp_path, ranks=2, resume=True) == 0
     assert losses(tmp_path) == losses(undisturbed)
 

@@ -73,7 +73,7 @@ class Anatomy:
         language = getattr(model, "language_model", None)
         decoder = getattr(model, "image_decoder", None)
         self._wrap(tokenizer, "forward", TOKENIZER)
-        for name in ("embed", "forward", "token_losses"):
+        for name in ("embed", "enter", "run", "leave", "forward", "token_losses"):
             self._wrap(language, name, LANGUAGE)
         for name in ("loss", "sample"):
             self._wrap(decoder, name, DECODER)
@@ -158,10 +158,11 @@ class Anatomy:
     def _communication(self) -> Iterator[None]:
         """Tell communication apart from what it is called in."""
         work = torch._C._distributed_c10d.Work
-        plain = {(dist.ProcessGroup, name): getattr(dist.ProcessGroup, name) for name in COLLECTIVES}
-        plain[work, "wait"] = work.wait
-        for (kind, name), method in plain.items():
-            setattr(kind, name, self._communicating(method))
+        # As the classes hold them: what getattr gives would not bind again.
+        plain = {(dist.ProcessGroup, name): vars(dist.ProcessGroup)[name] for name in COLLECTIVES}
+        plain[work, "wait"] = vars(work)["wait"]
+        for kind, name in plain:
+            setattr(kind, name, self._communicating(getattr(kind, name)))
         try:
             yield
         finally:
@@ -204,6 +205,41 @@ def table(parts: list[dict[str, float]], peaks: list[dict[str, int]]) -> dict[st
             "memory": max(rank.get(part, 0) for rank in peaks),
         }
     return rows
+
+
+def as_text(
+    rows: dict[str, dict[str, float]],
+    flops: dict[str, float],
+    peak: tuple[float, str] | None,
+    ranks: int,
+) -> str:
+    """The measurements of a step for people.
+
+    Args:
+        rows: of ``table``.
+        flops: of the whole step, by ``part/forward``, ``part/inputs`` and ``part/weights``.
+        peak: operations a second of one rank's device and its name, None where unknown.
+        ranks: how many there are.
+    """
+    whole = sum(row["mean"] for row in rows.values())
+    lines = [f"{'part':<26}{'mean s':>10}{'share':>8}{'most s':>10}{'rank':>6}{'memory MiB':>12}"]
+    for part, row in sorted(rows.items(), key=lambda entry: -entry[1]["mean"]):
+        lines.append(
+            f"{part:<26}{row['mean']:>10.4f}{row['mean'] / whole:>8.1%}{row['most']:>10.4f}"
+            f"{row['slowest_rank']:>6.0f}{row['memory'] / 2**20:>12.1f}"
+        )
+    lines += ["", f"{'model FLOPs':<26}{FORWARD:>14}{'to inputs':>14}{'to weights':>14}"]
+    for part in dict.fromkeys(name.rpartition("/")[0] for name in flops):
+        kinds = [flops[f"{part}/{kind}"] for kind in ("forward", "inputs", "weights")]
+        lines.append(f"{part:<26}" + "".join(f"{value:>14.4g}" for value in kinds))
+    total = sum(flops.values())
+    lines.append(f"{'all':<26}{total:>14.4g}, {total / whole:.4g} a second in this step")
+    if peak is not None:
+        share = total / whole / (peak[0] * ranks)
+        lines.append(
+            f"model FLOPs utilisation {share:.1%}, of {ranks} x {peak[0]:.4g} a second ({peak[1]}, bf16)"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def straggler(parts: list[dict[str, float]], factor: float) -> str | None:

@@ -6,6 +6,7 @@ Hyperparameters are not in them: a resumed run takes them from its configuration
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -197,8 +198,7 @@ def save(
     Returns:
         The checkpoint's folder.
     """
-    stage = Path(folder if Folder(folder).local else "checkpoints") / "stage"
-    checkpoints = Checkpoints(folder, stage, keep)
+    checkpoints = Checkpoints(folder, Path(tempfile.gettempdir()) / "mmi_stage", keep)
     checkpoints.save(model, optimizer, scheduler, extra, step)
     checkpoints.wait()
     return checkpoints.folder / checkpoint_folder.name_of(step)

@@ -23,12 +23,14 @@ class Failure:
     Attributes:
         exit_code: None for a rank that had not ended by itself.
         stack: where it was, for a rank that hung: ``file:line in function``, the outermost first.
+        waits: whether it hung because it waited for another rank.
     """
 
     rank: int
     exit_code: int | None
     error: str
     stack: list[str] = field(default_factory=list)
+    waits: bool = False
 
     @property
     def reason(self) -> str:
@@ -101,7 +103,9 @@ def first_failure(folder: Path, exit_codes: dict[int, int], logs_start: dict[int
     for rank, exit_code in exit_codes.items():
         try:
             written = json.loads(_record_path(folder, rank).read_text())
-            failure = Failure(rank, exit_code, written["error"], written.get("stack", []))
+            failure = Failure(
+                rank, exit_code, written["error"], written.get("stack", []), written.get("waits", False)
+            )
             order = {None: 1, False: -1, True: 2}[written.get("waits")]
             found.append((order, written["time"], failure))
         except (FileNotFoundError, ValueError):  # killed before or while it wrote

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -35,7 +36,7 @@ SHOW_CURSOR = "\x1b[?25h"
 STACK_LINES = 4
 """Innermost lines of the stack of a rank that hung, in the message; its file has them all."""
 
-DUMP_TIME = 2.0
+DUMP_TIME = 5.0
 """Seconds that ranks have to write their stacks when they are asked to."""
 
 GRACE = 20.0
@@ -86,13 +87,18 @@ def launch(
     data_parallel_size(config, count)
     if platform.has_gpu() and count > platform.default_ranks():
         raise ConfigError(f"{count} ranks need as many GPUs, this machine has {platform.default_ranks()}")
+    options = ["--resume"] if resume else []
+    options += ["--stop-after", str(stop_after)] if stop_after else []
+    return start(config, out, count, module, again or _this_command(), options)
+
+
+def start(config: Config, out: Path, ranks: int, module: str, again: str, options: Sequence[str] = ()) -> int:
+    """Start so many ranks of ``module`` on this machine and watch over them; see ``launch``."""
     logs = out / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     save_config(config, logs / "settings.yaml")
     command = [sys.executable, "-X", "faulthandler", "-m", module, str(logs / "settings.yaml"), str(out)]
-    command += ["--resume"] if resume else []
-    command += ["--stop-after", str(stop_after)] if stop_after else []
-    return _Job(command, count, logs, config).supervise(again or _this_command())
+    return _Job([*command, *options], ranks, logs, config).supervise(again)
 
 
 def _default_ranks(config: Config) -> int:
@@ -194,8 +200,9 @@ class _Job:
         for number in self.asked:
             if set(failed.values()) == {-number}:  # before the ranks could have anything to save
                 return 128 + number
-        causes = self._hung() or self._stillest(failed)
-        cause = causes[0] if causes else faults.first_failure(self.logs, failed, self.starts)
+        cause = faults.first_failure(self.logs, failed, self.starts) if failed else self._stillest()
+        if not cause.stack or cause.waits:  # one that hangs may not have been able to say so
+            cause = self._hung() or cause
         self.end()
         print(self._message(cause, again), file=sys.stderr, flush=True)
         if cause.exit_code is None:
@@ -216,29 +223,30 @@ class _Job:
         """Whether a rank hangs so that it cannot even say so."""
         return any(seconds > self.timeout + GRACE for seconds in self._still().values())
 
-    def _hung(self) -> list[faults.Failure]:
-        """Ranks that run, have given no sign of life for long, and do not wait for another rank."""
+    def _hung(self) -> faults.Failure | None:
+        """A rank that runs, has given no sign of life for long, and does not wait for another rank:
+        one whose stack says so, else one that does not even give its stack."""
         still = [rank for rank, seconds in self._still().items() if seconds > self.timeout / 2]
         for rank in still:
             self.processes[rank].send_signal(pulse.DUMP)
-        if still:
-            time.sleep(DUMP_TIME)
-        found = []
-        for rank in still:
-            stack, sign = pulse.dumped(self.logs, rank), pulse.read(self.logs, rank)
+        deadline = time.monotonic() + DUMP_TIME
+        stacks: dict[int, list[str]] = {}
+        while len(stacks) < len(still) and time.monotonic() < deadline:
+            time.sleep(POLL)
+            stacks = {rank: stack for rank in still if (stack := pulse.dumped(self.logs, rank))}
+        for rank in [*stacks, *(rank for rank in still if rank not in stacks)]:
+            stack, sign = stacks.get(rank, []), pulse.read(self.logs, rank)
             if not any(pulse.waits_for_others(frame) for frame in stack[-3:]) and sign is not None:
                 error = f"hung at {sign}: no progress for {time.time() - sign.time:.0f} s"
-                found.append(faults.Failure(rank, None, error, stack))
-        return found
+                return faults.Failure(rank, None, error, stack)
+        return None
 
-    def _stillest(self, failed: dict[int, int]) -> list[faults.Failure]:
+    def _stillest(self) -> faults.Failure:
         """Where no rank failed and all wait for each other: the one that has waited longest."""
-        still = {} if failed else self._still()
-        if not still:
-            return []
+        still = self._still()
         rank = max(still, key=lambda rank: still[rank])
         sign, stack = pulse.read(self.logs, rank), pulse.dumped(self.logs, rank)
-        return [faults.Failure(rank, None, f"waits for ever at {sign}, as all ranks do", stack)]
+        return faults.Failure(rank, None, f"waits for ever at {sign}, as all ranks do", stack, waits=True)
 
     def end(self) -> None:
         """End the ranks that still run. At once: what they wait for will not come."""

@@ -144,7 +144,7 @@ class Trainer:
         with self.watch.part(DATA):
             delivered = self.data.next()
             inputs = self._prepare(delivered)
-        counts = self._count(self.watch.reading(delivered.batches))
+        counts = self._count(self.watch.reading(delivered.batches, inputs))
         checksum = self._checksum(delivered)
         waited = time.perf_counter() - started
 
@@ -177,6 +177,7 @@ class Trainer:
             "data_wait": waited / seconds,
             "tokens_per_second": self.config.train.rows * self.config.data.context_length / seconds,
             "images_per_second": counts.images / seconds,
+            **self.watch.rates(seconds),
         }
 
     def _pass(self, inputs: list[Inputs], counts: Counts) -> Tensor:

@@ -38,6 +38,8 @@ FIELDS = {
     "data_wait": "share of it spent waiting for data",
     "tokens_per_second": "positions of all rows a second, padding included",
     "images_per_second": "drawn images a second",
+    "flops_per_second": "model FLOPs a second of all ranks together (train.flops)",
+    "mfu": "their share of what the ranks' GPUs do at most, dense in bf16 (platform.PEAK_FLOPS)",
 }
 """Each value of a step and its meaning."""
 

@@ -17,13 +17,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from data_pipeline.batch import PADDING, Batch
 from mmi_megatron import platform
 from mmi_megatron.config import Config
+from mmi_megatron.model.mm_interleaved import Inputs
 from mmi_megatron.parallel.groups import Layout
 from mmi_megatron.train import anatomy
 from mmi_megatron.train.anatomy import Anatomy
+from mmi_megatron.train.flops import count_step
 from mmi_megatron.train.metrics import Meter
 from mmi_megatron.train.pulse import Pulse, Watchdog
 
@@ -57,7 +60,7 @@ class Watch:
     """
 
     def __init__(self, config: Config, layout: Layout, out: Path, meter: Meter):
-        self.settings, self.layout, self.meter = config.train.watch, layout, meter
+        self.config, self.settings, self.layout, self.meter = config, config.train.watch, layout, meter
         self.timeout = config.train.timeout
         self.reports = out / "reports"
         self.traces = out / "traces"
@@ -65,6 +68,7 @@ class Watch:
         self.anatomy = Anatomy(self.pulse)
         self.step = 0
         self.batches: Sequence[Batch] = ()
+        self.flops: dict[str, float] = {}
         self.skipped = self.skipped_in_a_row = 0
         self._losses: dict[str, deque[float]] = {}
         self._profiler: Any = None
@@ -103,10 +107,25 @@ class Watch:
         if measured:
             self._measured()
 
-    def reading(self, batches: Sequence[Batch]) -> Sequence[Batch]:
-        """Remember what the step is made of; returns it."""
+    def reading(self, batches: Sequence[Batch], inputs: Sequence[Inputs]) -> Sequence[Batch]:
+        """Remember what the step is made of and count its FLOPs over all replicas (collective).
+
+        Returns:
+            The batches.
+        """
         self.batches = batches
+        mine = count_step(self.config, inputs)
+        total = torch.tensor(list(mine.values()), dtype=torch.float64, device=platform.device())
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+        self.flops = dict(zip(mine, total.tolist(), strict=True))
         return batches
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """Model FLOPs a second of all ranks, and their share of what the GPUs could do at most (model
+        FLOPs utilisation), of a step that took so many seconds; the latter NaN without a known peak."""
+        rate, peak = sum(self.flops.values()) / seconds, platform.peak_flops()
+        share = math.nan if peak is None else rate / (peak[0] * self.layout.world)
+        return {"flops_per_second": rate, "mfu": share}
 
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps."""
@@ -195,12 +214,14 @@ class Watch:
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
         seconds, peaks = [times for times, _ in everyone], [peak for _, peak in everyone]
-        values = {
-            f"{part}/{name}": value
-            for part, row in anatomy.table(seconds, peaks).items()
-            for name, value in row.items()
-        }
+        rows = anatomy.table(seconds, peaks)
+        values = {f"{part}/{name}": value for part, row in rows.items() for name, value in row.items()}
+        values |= {f"flops/{name}": value for name, value in self.flops.items()}
         self.meter.event("anatomy", self.step + 1, values)
+        if self.layout.rank == 0:
+            self.reports.mkdir(parents=True, exist_ok=True)
+            path = self.reports / f"anatomy_step_{self.step:07d}.txt"
+            path.write_text(anatomy.as_text(rows, self.flops, platform.peak_flops(), self.layout.world))
         slow = anatomy.straggler(seconds, self.settings.straggler)
         if slow is not None and self.layout.rank == 0:
             log.warning("step %d: %s", self.step, slow)
@@ -243,7 +264,7 @@ class Watch:
         self._profiler.stop()
         self.traces.mkdir(parents=True, exist_ok=True)
         first, last = self.settings.trace_from, self.settings.trace_from + self.settings.trace_steps - 1
-        path = self.traces / f"steps_{first}_to_{last}_rank_{self.layout.rank}.json"
+        path = self.traces / f"steps_{first}_to_{last}_rank_{self.layout.rank}.json.gz"
         self._profiler.export_chrome_trace(str(path))
         self._profiler = None
         if self.layout.rank == 0:
