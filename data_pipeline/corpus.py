@@ -29,6 +29,9 @@ from data_pipeline.storage import Stamp, Storage, is_local, join, local_path
 from data_pipeline.tables import read_table, write_table
 from data_pipeline.tokens import Tokenizer, load_tokenizer
 
+ENTRIES = 4096
+"""Documents at hand: each is looked up when it is planned and again when it is asked for."""
+
 SPLITS = ("train", "heldout")
 MANIFEST = pa.schema(
     [
@@ -87,6 +90,7 @@ class Source:
     limit: int = 64
     fixed: dict[int, ShardIndex] = field(default_factory=dict)
     _recent: OrderedDict[int, ShardIndex] = field(default_factory=OrderedDict)
+    _entries: dict[int, Entry] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.starts = np.cumsum([0, *(shard.documents for shard in self.shards)])
@@ -105,8 +109,14 @@ class Source:
         Raises:
             DataError: when the index of its shard is gone.
         """
-        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return self.index(shard).entry(number - int(self.starts[shard]), shard)
+        found = self._entries.get(number)
+        if found is None:
+            shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+            found = self.index(shard).entry(number - int(self.starts[shard]), shard)
+            if len(self._entries) == ENTRIES:
+                self._entries.clear()
+            self._entries[number] = found
+        return found
 
     def numbers(self, split: str, shard: int) -> np.ndarray:
         """Numbers of the documents of a split in a shard: int64, ascending."""

@@ -18,7 +18,7 @@ from data_pipeline.plan import sample_id
 from data_pipeline.quarantine import Failure
 from data_pipeline.rows import describe_stream
 from data_pipeline.settings import DataSettings
-from data_pipeline.state import row_checksums
+from data_pipeline.state import pixel_sums, row_checksums
 from data_pipeline.storage import Range, Storage
 from data_pipeline.task import Address, Produced, Task
 from data_pipeline.tokens import Tokenizer
@@ -52,11 +52,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pixels of a micro-batch's images and of its drawn images, and the ids of the images."""
+    """Pixels of a micro-batch's images and of its drawn images, the ids of the images, and the sums of
+    both kinds of pixels."""
 
     images: np.ndarray
     drawn: np.ndarray
     ids: list[int]
+    sums: tuple[np.ndarray, np.ndarray]
 
 
 class Producer:
@@ -95,16 +97,19 @@ class Producer:
             filled = [self._slot(address, next(blobs)) for address in row]
             rest = self.settings.context_length - sum(slot.length for slot in filled)
             laid.append(filled + ([Slot.padding(rest)] if rest else []))
-        batch = self.assemble(laid)
+        batch, sums = self._assembled(laid)
         for row, slots in zip(task.rows, laid, strict=True):
             for address, slot in zip(row, slots, strict=False):
                 if slot.failure is not None:
                     failures.append(failure_of(address, slot.failure))
         seen = Counter(address.source for row in task.rows for address in row)
-        return Produced(batch, row_checksums(batch, self.tokenizer.special.boi), failures, dict(seen))
+        return Produced(batch, row_checksums(batch, self.tokenizer.special.boi, sums), failures, dict(seen))
 
     def assemble(self, rows: list[list[Slot]]) -> Batch:
         """Lay slots end to end and decode their images; a slot with a bad image is masked."""
+        return self._assembled(rows)[0]
+
+    def _assembled(self, rows: list[list[Slot]]) -> tuple[Batch, tuple[np.ndarray, np.ndarray]]:
         slots = [slot for row in rows for slot in row]
         row_starts = _offsets([sum(slot.length for slot in row) for row in rows])
         pair = np.repeat([slot.pair for slot in slots], [slot.length for slot in slots])
@@ -129,7 +134,7 @@ class Producer:
             drawn_index=np.flatnonzero(described.image_loss).astype(np.int32),
         )
         batch.validate()
-        return batch
+        return batch, pictures.sums
 
     def document(self, address: Address) -> Document:
         """Read a document of the corpus as it stands in its shard.
@@ -197,6 +202,7 @@ class Producer:
         loss = image_loss.tolist()
         images = self.empty((len(loss), 3, size, size), np.uint8)
         drawn = self.empty((sum(loss), 3, drawn_size, drawn_size), np.uint8)
+        sums = np.zeros((len(images), 3), np.uint64), np.zeros((len(drawn), 3), np.uint64)
         ids: list[int] = []
         large = at = 0
         for slot in slots:
@@ -209,6 +215,9 @@ class Producer:
                 for number, (blob, draw) in enumerate(zip(slot.images, draws, strict=True)):
                     out = [images[small + number]] + ([drawn[filled]] if draw else [])
                     self.decoder.squares(blob, out)
+                    sums[0][small + number] = pixel_sums(out[0])  # while it is in the CPU's cache
+                    if draw:
+                        sums[1][filled] = pixel_sums(out[1])
                     filled += draw
             except BadSample as failure:
                 slot.failure = failure
@@ -216,7 +225,7 @@ class Producer:
             first = slot.sample << IMAGE_ID_BITS | slot.first_image
             ids += range(first, first + len(slot.images))
             large = filled
-        return Pictures(images[: len(ids)], drawn[:large], ids)
+        return Pictures(images[: len(ids)], drawn[:large], ids, (sums[0][: len(ids)], sums[1][:large]))
 
     def _tokens(self, slots: list[Slot]) -> np.ndarray:
         pad = self.tokenizer.special.pad

@@ -80,7 +80,7 @@ def check_state(saved: Any, own: dict[str, Any], accept: Collection[str] = ()) -
         )
 
 
-def row_checksums(batch: Batch, boi: int) -> np.ndarray:
+def row_checksums(batch: Batch, boi: int, sums: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
     """A checksum of what each row of a batch holds, whatever other rows it comes with.
 
     CRC-32 over tokens, labels, the place, source and id of each document, and each image's id and
@@ -90,13 +90,13 @@ def row_checksums(batch: Batch, boi: int) -> np.ndarray:
     Args:
         batch: the micro-batch.
         boi: id of the token that starts an image.
+        sums: ``pixel_sums`` of its images and drawn images, where they are known.
 
     Returns:
         uint32 [R].
     """
     per_row = np.searchsorted(np.flatnonzero(batch.tokens == boi), batch.row_starts)
-    pixels = _sums(batch.images)
-    drawn = _sums(batch.drawn)
+    pixels, drawn = sums or (pixel_sums(batch.images), pixel_sums(batch.drawn))
     starts, good = batch.cu_seqlens[:-1], batch.source != PADDING
     checksums = np.empty(len(batch.row_starts) - 1, np.uint32)
     for row in range(len(checksums)):
@@ -127,10 +127,16 @@ def step_checksum(rows: Sequence[int] | np.ndarray) -> int:
     return zlib.crc32(np.asarray(rows, np.uint32).tobytes())
 
 
-def _sums(images: np.ndarray) -> np.ndarray:
-    """Sums of the pixels of each channel as 64-bit words (as bytes where they do not come out even):
-    uint64 [I, 3]."""
-    count, channels, height, width = images.shape
-    flat = images.reshape(count, channels, height * width)
+def pixel_sums(images: np.ndarray) -> np.ndarray:
+    """Sums of each channel's pixels as 64-bit words (as bytes where they do not come out even).
+
+    Args:
+        images: uint8 [..., h, w].
+
+    Returns:
+        uint64 [...].
+    """
+    *leading, height, width = images.shape
+    flat = images.reshape(*leading, height * width)
     words = flat.view(np.uint64) if height * width % 8 == 0 and flat.flags.c_contiguous else flat
     return words.sum(-1, dtype=np.uint64)

@@ -15,6 +15,17 @@ pytestmark = pytest.mark.soak
 STEPS = 60
 
 
+def patiently(start):
+    """Ray gives its own processes 30 seconds to come up, which a busy machine may not have."""
+    for attempt in range(5):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error) or attempt == 4:
+                raise
+    raise AssertionError
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A head where the trainer and the feeder are, and two nodes that decode."""
@@ -23,13 +34,14 @@ def cluster():
 
     from data_pipeline.executors.ray_actors import RESOURCE
 
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 200 << 20},
+    made = patiently(
+        lambda: Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 200 << 20},
+        )
     )
-    nodes = [
-        made.add_node(num_cpus=2, resources={RESOURCE: 2}, object_store_memory=200 << 20) for _ in range(2)
-    ]
+    room = {"num_cpus": 2, "resources": {RESOURCE: 2}, "object_store_memory": 200 << 20}
+    nodes = [patiently(lambda: made.add_node(**room)) for _ in range(2)]
     made.decoding = nodes
     made.wait_for_nodes()
     yield made
