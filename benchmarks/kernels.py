@@ -1,246 +1,306 @@
-"""Deformable attention on the CPU: the fused operators against compositions of grid_sample.
+"""Deformable attention: the fused operators against a composition of grid_sample and a classic kernel.
 
-``python benchmarks/kernels.py`` prints a table and writes benchmarks/results/kernels_cpu_<date>.md.
-The shape is one row of the language model: 512 queries, 4 images of levels 32/16/8, 16 heads of 64
-channels, 8 points. Baseline and ours take turns, so that a busy machine slows both.
+``python -m benchmarks.kernels`` measures on the GPU, or on the CPU where there is none, prints a table
+and writes benchmarks/results/kernels_<device>_<date>.md. What to expect of a GPU, from its floors:
+benchmarks/kernel_floors.py.
+
+The shapes are those of every preset (kernel_shapes.json) and, on the CPU, one row of 512 queries with
+4 images, which the first version was measured at. Baselines and ours take turns, so that a busy
+machine slows all. On the CPU: process CPU time and wall. On a GPU: CUDA events, the L2 cache flushed
+before each run.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from mmi_kernels import mmfs_attention, ms_deform_attn, status
+from benchmarks.kernel_cases import Case, check, gradients
+from benchmarks.kernel_shapes import Site, load
+from mmi_kernels import build, status
 
-SHAPES = ((32, 32), (16, 16), (8, 8))
-QUERIES, IMAGES, HEADS, CHANNELS, POINTS, ROWS, BASE = 512, 4, 16, 64, 8, 50, 16.0
 RESULTS = Path(__file__).parent / "results"
-
-
-def grid_sample_levels(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """The usual composition: one grid_sample a level over all images, then the weighted sum.
-
-    value [N, S, H, D], locations [N, Q, H, L, P, 2], weights [N, Q, H, L, P] -> [N, Q, H, D].
-    """
-    batch, _, heads, channels = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    grid = 2 * locations - 1
-    samples = []
-    for level, (part, shape) in enumerate(
-        zip(value.split([h * w for h, w in SHAPES], 1), SHAPES, strict=True)
-    ):
-        maps = part.flatten(2).transpose(1, 2).reshape(batch * heads, channels, *shape)
-        at = grid[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        samples.append(F.grid_sample(maps, at, padding_mode="zeros", align_corners=False))
-    mixing = weights.transpose(1, 2).reshape(batch * heads, 1, queries, len(SHAPES) * points)
-    out = (torch.stack(samples, -2).flatten(-2) * mixing).sum(-1)
-    return out.view(batch, heads, channels, queries).permute(0, 3, 1, 2)
-
-
-def dense_mmfs(t: dict[str, Tensor], rel: Tensor) -> Tensor:
-    """MMFS over all images with a mask; rel [Q, M] is 0 where an image is not visible."""
-    shift = (t["offsets"][:, None] + t["table_offsets"][rel]) / BASE  # [Q, M, H, P, 2]
-    locations = (t["reference_points"][:, None, None, None] + shift).transpose(0, 1)
-    logits = (t["logits"][:, None] + t["table_logits"][rel]).masked_fill(
-        (rel == 0)[..., None, None, None], -torch.inf
-    )
-    flat = logits.permute(0, 2, 1, 3, 4).flatten(2)
-    weights = torch.softmax(F.pad(flat, (0, 1)), -1)[..., :-1]
-    weights = weights.view(QUERIES, HEADS, IMAGES, len(SHAPES), POINTS).permute(2, 0, 1, 3, 4)
-    locations = locations[:, :, :, None].expand(-1, -1, -1, len(SHAPES), -1, -1)
-    return grid_sample_levels(t["value"], locations, weights).sum(0)
+FIRST = Site("language", ("one row",), 512, ((32, 32), (16, 16), (8, 8)), 16, 64, 8, 50, 16)
+CPU_QUERIES, CPU_IMAGES = 256, 2  # most of a preset's row that the CPU measures
+GPU_ROWS, GPU_IMAGES = 4, 6
+VISIBLE = 0.58  # of a row's (token, image) pairs
 
 
 @dataclass
-class Row:
-    """One line of the table: a name, and the two functions with what gradients they give."""
+class Run:
+    """One line's worth: what is timed under which name; ``baselines`` may be missing."""
 
+    case: Case
     name: str
-    baseline: Callable[[], Tensor]
-    ours: Callable[[], Tensor]
-    leaves: list[Tensor]
-    tolerance: float = 1e-4
+    composition: Callable[[], object]
+    ours: Callable[[], object]
+    classic: Callable[[], object] | None
+    moved: int
 
 
-def forward_backward(function: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a fixed functional of the output."""
-    out = function()
-    return torch.autograd.grad(out, leaves, torch.ones_like(out))
+class CpuMeter:
+    """Milliseconds of process CPU time and of wall."""
+
+    columns = ("CPU", "wall")
+
+    def time(self, function: Callable[[], object]) -> tuple[float, ...]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        function()
+        return (time.process_time() - cpu) * 1e3, (time.perf_counter() - wall) * 1e3
+
+    def peak(self, function: Callable[[], object]) -> int | None:
+        """Bytes that the process grew by, at most; None where Linux does not tell."""
+        if not Path("/proc/self/clear_refs").exists():
+            return None
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _resident("VmRSS")
+        function()
+        return max(_resident("VmHWM") - before, 0)
+
+    def copy_rate(self) -> float:
+        """Bytes read and written a second by a copy that fits no cache, of CPU time."""
+        source = torch.ones(32 << 20)
+        to = torch.empty_like(source)
+        times = [self.time(lambda: to.copy_(source))[0] for _ in range(7)][2:]
+        return 2 * source.nbytes / (statistics.median(times) / 1e3) * torch.get_num_threads()
+
+    def description(self) -> str:
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text().splitlines() if info.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+        load_average = os.getloadavg()[0]
+        return (
+            f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, "
+            f"{torch.get_num_threads()} threads, {status()['instruction_set']}, load {load_average:.1f}"
+        )
 
 
-def seconds(function: Callable[[], object]) -> tuple[float, float]:
-    """Wall and process CPU seconds of one call."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    function()
-    return time.perf_counter() - wall, time.process_time() - cpu
+class GpuMeter:
+    """Milliseconds between CUDA events, with a cold L2."""
+
+    columns = ("GPU",)
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")  # several times any L2
+
+    def time(self, function: Callable[[], object]) -> tuple[float, ...]:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        end.synchronize()
+        return (begin.elapsed_time(end),)
+
+    def peak(self, function: Callable[[], object]) -> int | None:
+        """Bytes allocated on top of what was there."""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def copy_rate(self) -> float:
+        source = torch.ones(1 << 28, device="cuda")
+        to = torch.empty_like(source)
+        times = [self.time(lambda: to.copy_(source))[0] for _ in range(7)][2:]
+        return 2 * source.nbytes / (statistics.median(times) / 1e3)
+
+    def description(self) -> str:
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
 
 
-def measure(baseline: Callable, ours: Callable, repeats: int) -> list[float]:
-    """Median milliseconds: baseline wall and CPU, ours wall and CPU; the two take turns."""
-    baseline(), ours(), ours()
-    times = [(*seconds(baseline), *seconds(ours)) for _ in range(repeats)]
-    return [statistics.median(column) * 1e3 for column in zip(*times, strict=True)]
+Meter = CpuMeter | GpuMeter
 
 
-def inputs(dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random projections of the language model's kind: samples scatter around one centre."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    positions = sum(h * w for h, w in SHAPES)
-    t = {
-        "value": normal(IMAGES, positions, HEADS, CHANNELS).to(dtype),
-        "offsets": normal(QUERIES, HEADS, POINTS, 2) * 3,
-        "logits": normal(QUERIES, HEADS, len(SHAPES), POINTS),
-        "table_offsets": normal(ROWS, HEADS, POINTS, 2),
-        "table_logits": normal(ROWS, HEADS, len(SHAPES), POINTS),
-        "reference_points": torch.full((QUERIES, 2), 0.5),
-    }
-    return {name: tensor.requires_grad_(name != "reference_points") for name, tensor in t.items()}
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def causal(share: float) -> Tensor:
-    """Intervals [Q, 2]: images appear one after the other so that ``share`` of the pairs is visible."""
-    seen = torch.linspace(0, 1, QUERIES)
-    last = (
-        (seen * IMAGES / (2 * (1 - share)) + 0.5).floor().clamp(0, IMAGES) if share < 1 else seen * 0 + IMAGES
-    )
-    return torch.stack([torch.zeros_like(last), last], -1).int()
+def cases(device: str) -> Iterator[tuple[str, Case]]:
+    """(title, case), those of the issue's own figures first."""
+    if device == "cpu":
+        for share in (1.0, 0.62):
+            yield f"one row, fp32, {share:.0%} visible", Case(FIRST, 1, 4, share, torch.float32, device)
+        yield "one row, bf16, all visible", Case(FIRST, 1, 4, 1.0, torch.bfloat16, device)
+        general = replace(FIRST, place="adapter")
+        yield "one row, fp32, given locations", Case(general, 1, 4, 1.0, torch.float32, device)
+    for site in load():
+        names = ", ".join(site.presets)
+        limit = min(site.reach or site.rows, site.rows - 1) if site.rows else GPU_IMAGES
+        share = VISIBLE if site.place == "language" else 1.0
+        if device == "cpu":
+            small = replace(site, queries=min(site.queries, CPU_QUERIES))
+            images = min(CPU_IMAGES, limit)
+            yield f"{names}: {small.title}", Case(small, 1, images, 1.0, torch.float32, device)
+            continue
+        rows, images = (1, GPU_ROWS * GPU_IMAGES) if site.place == "adapter" else (GPU_ROWS, GPU_IMAGES)
+        for dtype in (torch.bfloat16, torch.float32):
+            title = f"{names}: {site.title}, {str(dtype)[6:]}"
+            yield title, Case(site, rows, min(images, limit) if site.rows else images, share, dtype, device)
 
 
-def fused_row(name: str, visible: Tensor, dtype: torch.dtype) -> Row:
-    t = inputs(dtype)
-    rel = visible[:, 1:] - torch.arange(IMAGES)
-    rel = rel.clamp_min(0).long()
-    wide = {n: x.float().detach().requires_grad_() for n, x in t.items()} if dtype != torch.float32 else t
-    leaves = [x for x in t.values() if x.requires_grad]
+def passes(case: Case, title: str) -> Iterator[Run]:
+    """What is timed: forward, then forward + backward (CPU) or the backward alone (GPU)."""
+    grad, on_gpu = case.tensors["grad"], case.device != "cpu"
+    classic = case.classic() if on_gpu else None
 
-    def ours() -> Tensor:
-        return mmfs_attention(
-            t["value"], SHAPES, t["offsets"], t["logits"], t["table_offsets"], t["table_logits"],
-            t["reference_points"], visible, base=BASE,
+    def without_graph(function: Callable[[], object]) -> Callable[[], object]:
+        def call() -> None:
+            with torch.no_grad():
+                function()
+
+        return call
+
+    yield Run(
+        case, f"{title} | forward", without_graph(case.composition), without_graph(case.ours),
+        classic.forward if classic else None, case.moved_bytes(False),
+    )  # fmt: skip
+    if classic is None:
+        yield Run(
+            case, f"{title} | forward + backward",
+            lambda: gradients(case.composition, case.leaves, grad),
+            lambda: gradients(case.ours, case.leaves, grad),
+            None, case.moved_bytes(False) + case.moved_bytes(True),
         )  # fmt: skip
+        return
 
-    baseline = (
-        (lambda: dense_mmfs(t, rel))
-        if wide is t
-        else (lambda: dense_mmfs({**t, "value": t["value"].float()}, rel))
+    def backward_of(function: Callable[[], torch.Tensor]) -> Callable[[], object]:
+        out = function()
+        return lambda: torch.autograd.grad(out, case.leaves, grad, retain_graph=True)
+
+    yield Run(
+        case, f"{title} | backward", backward_of(case.composition), backward_of(case.ours),
+        classic.backward, case.moved_bytes(True),
+    )  # fmt: skip
+
+
+def line(run: Run, meter: Meter, repeats: int, rate: float) -> str:
+    """One row of the table."""
+    functions = {"composition": run.composition, "classic": run.classic, "ours": run.ours}
+    present = {name: function for name, function in functions.items() if function is not None}
+    for function in present.values():
+        function()
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in present}
+    for _ in range(repeats):
+        for name, function in present.items():
+            times[name].append(meter.time(function))
+    middle = {name: [statistics.median(c) for c in zip(*rows, strict=True)] for name, rows in times.items()}
+
+    def milliseconds(name: str) -> str:
+        return ", ".join(f"{value:.3g}" for value in middle[name]) if name in middle else "-"
+
+    def faster(name: str) -> str:
+        if name not in middle:
+            return "-"
+        return ", ".join(f"{a / b:.1f}" for a, b in zip(middle[name], middle["ours"], strict=True))
+
+    share = run.moved / (middle["ours"][0] / 1e3) / rate
+    peaks = [meter.peak(run.composition), meter.peak(run.ours)]
+    peak = ", ".join("-" if value is None else f"{value / 1e6:.0f}" for value in peaks)
+    cells = [milliseconds("composition")]
+    if isinstance(meter, GpuMeter):
+        cells.append(milliseconds("classic"))
+    cells += [milliseconds("ours"), faster("composition")]
+    if isinstance(meter, GpuMeter):
+        cells += [faster("classic"), f"{l1_floor(run.case) * 1e3:.3g}"]
+    return f"| {run.name} | {' | '.join(cells)} | {run.moved / 1e6:.0f} | {share:.1%} | {peak} |"
+
+
+def l1_floor(case: Case) -> float:
+    """Seconds that the L1 caches need at least to hand out what the samples read: 128 bytes a clock and
+    multiprocessor."""
+    device = torch.cuda.get_device_properties(case.device)
+    clock = getattr(device, "clock_rate", 1_755_000) * 1e3  # H200's boost where torch does not say
+    return case.gathered_bytes() / (device.multi_processor_count * 128 * clock)
+
+
+def header(meter: Meter) -> list[str]:
+    unit = ", ".join(meter.columns)
+    cells = ["case", "pass", f"grid_sample ms ({unit})"]
+    if isinstance(meter, GpuMeter):
+        cells.append("classic kernel ms")
+    cells += [f"ours ms ({unit})", f"times faster than grid_sample ({unit})"]
+    if isinstance(meter, GpuMeter):
+        cells += ["than classic", "L1 floor of a forward's reads, ms"]
+    cells += ["MB that must move", "share of copy bandwidth", "peak MB (grid_sample, ours)"]
+    return [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
+
+
+def measure(device: str, repeats: int, only: str) -> Iterator[list[str]]:
+    """The table so far, after each of its lines; cases whose title does not contain ``only`` are left out."""
+    meter: Meter = CpuMeter() if device == "cpu" else GpuMeter()
+    rate = meter.copy_rate()
+    note = (
+        f"{meter.description()}; a copy moves {rate / 1e9:.1f} GB/s (bytes read and written). Medians of "
+        f"{repeats}, the ways in turn."
     )
-    return Row(name, baseline, ours, leaves, 1e-4 if dtype == torch.float32 else 2e-2)
+    if device == "cpu":
+        note += (
+            f" Presets: one row of up to {CPU_QUERIES} queries, {CPU_IMAGES} images (fewer where fewer are "
+            "within reach), fp32; shares are of CPU time."
+        )
+    else:
+        note += (
+            f" {GPU_ROWS} rows of {GPU_IMAGES} images (fewer where fewer are within reach), {VISIBLE:.0%} of "
+            "a row's pairs visible. The classic kernel is given locations and weights ready-made; ours and "
+            "the composition make them."
+        )
+    lines = [note, "", *header(meter)]
+    for title, case in cases(device):
+        if only not in title:
+            continue
+        check(case, with_classic=device != "cpu")
+        for run in passes(case, title):
+            lines.append(line(run, meter, repeats, rate))
+            yield lines
+        if device != "cpu":
+            torch.cuda.empty_cache()
 
 
-def general_row() -> Row:
-    """Sampling alone: locations and weights are given."""
-    generator = torch.Generator().manual_seed(0)
-    axes = (IMAGES, QUERIES, HEADS, len(SHAPES), POINTS)
-    locations = (torch.randn(*axes, 2, generator=generator) * 0.2 + 0.5).requires_grad_()
-    weights = torch.rand(*axes, generator=generator).requires_grad_()
-    value = inputs(torch.float32)["value"]
-    return Row(
-        "ms_deform_attn fp32, locations and weights given",
-        lambda: grid_sample_levels(value, locations, weights).flatten(2),
-        lambda: ms_deform_attn(value, SHAPES, locations, weights),
-        [value, locations, weights],
-    )
-
-
-def check(row: Row) -> None:
-    """Both sides compute the same, gradients included."""
-    with torch.no_grad():
-        pairs = [(row.baseline(), row.ours())]
-    pairs += zip(
-        forward_backward(row.baseline, row.leaves), forward_backward(row.ours, row.leaves), strict=True
-    )
-    for want, got in pairs:
-        error = float((want.float() - got.float()).abs().max() / want.float().abs().max())
-        assert error < row.tolerance, f"{row.name}: results differ by {error:.1e}"
-
-
-def table(rows: list[Row], repeats: int) -> list[str]:
-    lines = [
-        "| case | pass | grid_sample ms (wall, CPU) | ours ms (wall, CPU) | times faster (wall, CPU) |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        check(row)
-
-        def forward(function: Callable) -> Callable:
-            def run() -> None:
-                with torch.no_grad():
-                    function()
-
-            return run
-
-        def both(function: Callable, leaves: list[Tensor] = row.leaves) -> Callable:
-            return lambda: forward_backward(function, leaves)
-
-        for name, wrap in (("forward", forward), ("forward + backward", both)):
-            wall, cpu, our_wall, our_cpu = measure(wrap(row.baseline), wrap(row.ours), repeats)
-            lines.append(
-                f"| {row.name} | {name} | {wall:.1f}, {cpu:.1f} | {our_wall:.1f}, {our_cpu:.1f} "
-                f"| {wall / our_wall:.1f}, {cpu / our_cpu:.1f} |"
-            )
-            print(lines[-1], flush=True)
-    return lines
-
-
-def hardware() -> str:
-    """Processor, and how many of it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    model = names[0].split(":")[1].strip() if names else platform.processor()
-    running = (
-        f"{torch.get_num_threads()} threads, {status()['instruction_set']}, load {os.getloadavg()[0]:.1f}"
-    )
-    return f"{model}, {os.cpu_count()} cores, {running}"
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", default="", help="measure cases whose title contains this")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.device != "cpu":
+        build.build()
     if status()["implementation"] != "compiled":
         raise SystemExit(f"no compiled kernels: {status()['reason']}")
-    everything, some = causal(1.0), causal(0.62)
-    share = float((some[:, 1] - some[:, 0]).float().mean() / IMAGES)
-    rows = [
-        fused_row("mmfs_attention fp32, all visible", everything, torch.float32),
-        fused_row(f"mmfs_attention fp32, {share:.0%} visible", some, torch.float32),
-        fused_row("mmfs_attention bf16 value, all visible (baseline in fp32)", everything, torch.bfloat16),
-        general_row(),
-    ]
-    lines = table(rows, arguments.repeats)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     today = date.today().isoformat()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"kernels_cpu_{today}.md"
-    head = [
-        "# Deformable attention on the CPU",
-        "",
-        f"{today}, commit {commit or 'unknown'}, torch {torch.__version__}, {hardware()}.",
-        f"{QUERIES} queries, {IMAGES} images of levels 32/16/8, {HEADS} heads x {CHANNELS}, {POINTS} points; "
-        f"medians of {arguments.repeats}, both sides in turn. Written by benchmarks/kernels.py.",
-        "",
-    ]
-    path.write_text("\n".join(head + lines) + "\n")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"kernels_{arguments.device}_{today}.md"
+    title = f"# Deformable attention on the {arguments.device.replace('cuda', 'gpu').upper()}"
+    about = (
+        f"{today}, commit {commit()}, torch {torch.__version__}. Written by `python -m benchmarks.kernels`."
+    )
+    for lines in measure(arguments.device, arguments.repeats, arguments.only):
+        print(lines[-1], flush=True)
+        path.write_text("\n".join([title, "", about, "", *lines]) + "\n")
     print(f"written to {path}")
 
 

@@ -1,4 +1,4 @@
-"""The baseline of benchmarks/kernels.py, run by the emulation, computes what the reference does."""
+"""What benchmarks/kernels.py compares computes the same; the classic kernel is run by the emulation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import shutil
 import pytest
 import torch
 
-from benchmarks import classic
+from benchmarks import classic, kernel_shapes
+from benchmarks import kernels as benchmark
+from benchmarks.kernel_cases import Case, check
 from mmi_kernels import build, reference
 from mmi_kernels.library import CUDA_TARGETS, NVCC_FLAGS
 from tests.kernels_emulated import FLAGS
@@ -18,8 +20,8 @@ SHAPES = ((5, 7), (2, 3))
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory) -> ctypes.CDLL:
+@pytest.fixture(scope="module", name="kernels")
+def emulated_kernels(tmp_path_factory) -> ctypes.CDLL:
     out = tmp_path_factory.mktemp("classic") / "classic.so"
     build._run([build.compiler(), *FLAGS, "-shared", "-x", "c++", str(classic.SOURCE), "-o", str(out)])
     return classic.load(out)
@@ -65,3 +67,33 @@ def test_nvcc_compiles_it(tmp_path):
         build._run(
             [tool, *NVCC_FLAGS, target, "-cubin", str(classic.SOURCE), "-o", str(tmp_path / "out.cubin")]
         )
+
+
+def test_the_shapes_are_those_of_the_presets():
+    assert set(kernel_shapes.load()) == set(kernel_shapes.of_presets()), (
+        "a preset samples other shapes: python -m benchmarks.kernel_shapes"
+    )
+
+
+@pytest.mark.parametrize("place", ["language", "unet", "adapter"])
+def test_all_ways_to_compute_a_case_agree(kernels, monkeypatch, place):
+    monkeypatch.setattr(classic, "compiled", lambda: kernels)
+    rows = 0 if place == "adapter" else 5
+    site = kernel_shapes.Site(place, ("test",), 16, SHAPES, 2, 8, 3, rows, 4)
+    check(Case(site, 1 if rows == 0 else 2, 3, 0.6, torch.float32, "cpu"), with_classic=True)
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    site = kernel_shapes.Site("language", ("test",), 16, SHAPES, 2, 8, 3, 5, 4)
+    case = Case(site, 1, 2, 1.0, torch.float32, "cpu")
+    monkeypatch.setattr(Case, "ours", lambda self: 1.001 * Case.composition(self))
+    with pytest.raises(AssertionError, match="output differs"):
+        check(case, with_classic=False)
+
+
+def test_the_table_has_a_line_a_pass(monkeypatch):
+    monkeypatch.setattr(benchmark.CpuMeter, "copy_rate", lambda self: 1e10)
+    *_, lines = benchmark.measure("cpu", 1, "quickstart: adapter, 84 queries")
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert [line[1] for line in cells[2:]] == ["forward", "forward + backward"]
+    assert {len(line) for line in cells} == {8}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -255,6 +257,12 @@ def test_a_mask_becomes_intervals_unless_it_has_gaps():
         intervals(mask)
     with pytest.raises(ValueError, match=r"^mask: expected bool \[G, I\]"):
         intervals(mask.int())
+
+
+def test_the_model_samples_through_the_operators_alone():
+    """grid_sample is for references; who else calls it samples beside the kernels."""
+    model = Path(__file__).parent.parent / "mmi_megatron"
+    assert [path for path in model.rglob("*.py") if "grid_sample" in path.read_text()] == []
 
 
 def test_status_tells_what_runs():
