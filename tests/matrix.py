@@ -341,3 +341,54 @@ def _hashes(stages) -> dict[tuple[str, bool], str]:
             key = f"{stage.stage.index}.{name}", divided
             hashes[key] = hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
     return hashes
+
+
+# Checkpoints
+
+
+def states_of(optimizer) -> list[dict[str, torch.Tensor]]:
+    """This rank's shards of the optimizer's state, Adam's step included, in the optimizer's order."""
+    from mmi_megatron.train.optimizer import parts
+
+    found = []
+    for part in parts(optimizer):
+        inner = part.optimizer
+        for parameter in (parameter for group in inner.param_groups for parameter in group["params"]):
+            state = {"value": parameter.detach(), **inner.state.get(parameter, {})}
+            found.append({name: torch.as_tensor(value).clone() for name, value in state.items()})
+    return found
+
+
+def train_and_save(config: Config, steps: Steps, folder: Path, at: int):
+    """Train ``at`` steps, save, and train on; the record after the save, and the state saved."""
+    from mmi_megatron.parallel import groups
+    from mmi_megatron.train import checkpoint
+
+    layout = groups.initialize(config)
+    try:
+        parts = build(config, steps)
+        train(config, layout, parts, Steps(steps.special, steps.batches[:at]))
+        states = states_of(parts[1])
+        checkpoint.save(*parts, {}, folder, step=at)
+        return train(config, layout, parts, Steps(steps.special, steps.batches[at:]), at), states
+    finally:
+        groups.destroy()
+
+
+def load_and_train(config: Config, steps: Steps, folder: Path, at: int, again: Path | None = None):
+    """Load, save to ``again`` if given, and train on; the record, and the state loaded."""
+    from mmi_megatron.parallel import groups
+    from mmi_megatron.train import checkpoint
+
+    layout = groups.initialize(config)
+    try:
+        parts = build(config, steps)
+        for parameter in (p for chunk in parts[0] for p in chunk.module.parameters()):
+            parameter.data.zero_()  # what is not loaded must not be right by chance
+        checkpoint.load(*parts, checkpoint.latest(folder))
+        states = states_of(parts[1])
+        if again is not None:
+            checkpoint.save(*parts, {}, again, step=at)
+        return train(config, layout, parts, Steps(steps.special, steps.batches[at:]), at), states
+    finally:
+        groups.destroy()

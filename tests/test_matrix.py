@@ -5,10 +5,23 @@ A covering part of the layouts runs in ``make test``; all of them in ``make soak
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.matrix import MUTATIONS, Layout, Result, Steps, matrix_config, plain_gradients, run, story_steps
+from tests.matrix import (
+    MUTATIONS,
+    Layout,
+    Result,
+    Steps,
+    load_and_train,
+    matrix_config,
+    plain_gradients,
+    run,
+    story_steps,
+    train_and_save,
+)
 from tests.ranks import Ranks
 
 STEPS = 10
@@ -150,3 +163,80 @@ def test_what_is_broken_on_purpose_is_seen(reference, mutation):
     results = reference.train(layout, False, 1, mutation)
     with pytest.raises(AssertionError, match=message):
         assert_same_run(results, reference.record(False, 2)[:1], reference.gradients(False))
+
+
+def recomputed(reference: Reference, layout: Layout, ways: tuple[str, str, str], steps: int) -> None:
+    """Bit for bit the same with and without, on every rank."""
+    kept = reference.train(layout, False, steps)
+    again = reference.train(replace(layout, recompute=ways), False, steps)
+    for one, other in zip(kept, again, strict=True):
+        assert one.record == other.record and one.parameters == other.parameters
+
+
+def test_recomputation_changes_no_bit(reference):
+    recomputed(reference, Layout("PP2", pipeline=2), ("full", "full", "selective"), steps=2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("part", range(3), ids=["language", "vision", "decoder"])
+@pytest.mark.parametrize("way", ["selective", "full"])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout("TP2 + SP", tensor=2, sequence=True), Layout("PP2 interleaved", pipeline=2, virtual=2)],
+    ids=lambda x: x.name,
+)
+def test_recomputation_of_every_part_changes_no_bit(reference, layout, way, part):
+    ways = tuple(way if index == part else "none" for index in range(3))
+    recomputed(reference, layout, ways, STEPS)
+
+
+def fresh(layout: Layout, frozen: bool, story, function, *arguments):
+    """The ranks' results of a function in processes that have done nothing before."""
+    steps, vocabulary = story
+    pool = Ranks(layout.ranks)
+    try:
+        return pool.run(
+            layout.ranks, function, layout.apply(matrix_config(frozen, vocabulary)), steps, *arguments
+        )
+    finally:
+        pool.close()
+
+
+SAVED = Layout("TP2 x PP2 + SP", tensor=2, pipeline=2, sequence=True)
+AT = 2
+
+
+def check_checkpoints(story, folder, others: list[Layout], frozen: bool, after: int) -> None:
+    """Saved at one layout, read at others and from there back."""
+    story = Steps(story[0].special, story[0].batches[: AT + after]), story[1]
+    saved = fresh(SAVED, frozen, story, train_and_save, folder / "first", AT)
+    record = torch.tensor(saved[0][0])
+    for layout in others:
+        back = folder / layout.name
+        for got, _ in fresh(layout, frozen, story, load_and_train, folder / "first", AT, back):
+            torch.testing.assert_close(torch.tensor(got), record, atol=0, rtol=1e-5)
+        for (got, states), (want, before) in zip(
+            fresh(SAVED, frozen, story, load_and_train, back, AT), saved, strict=True
+        ):
+            assert got == want, f"by way of {layout.name} the next steps are not the same to the bit"
+            assert len(states) == len(before)
+            for state, old in zip(states, before, strict=True):
+                assert state.keys() == old.keys() and "step" in state
+                assert all(torch.equal(state[name], old[name]) for name in state), layout.name
+
+
+def test_checkpoint_of_one_layout_is_read_at_another(story, tmp_path):
+    check_checkpoints(story, tmp_path, [Layout("DP2", data=2)], frozen=True, after=1)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("frozen", [False, True], ids=["full", "frozen"])
+def test_checkpoints_go_from_any_layout_to_any(story, tmp_path, frozen):
+    others = [
+        SAVED,
+        Layout("TP1"),
+        Layout("PP4", pipeline=4),
+        Layout("DP2", data=2),
+        Layout("PP2 interleaved", pipeline=2, virtual=2),
+    ]
+    check_checkpoints(story, tmp_path, others, frozen, after=STEPS - AT)

@@ -252,6 +252,8 @@ def build_optimizer(model: Model, config: Config) -> tuple[ChainedOptimizer, Opt
         chunks(model),
         config_overrides=_overrides(config),
     )
+    for part in parts(optimizer):
+        _count_padding(part)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -269,6 +271,16 @@ def build_optimizer(model: Model, config: Config) -> tuple[ChainedOptimizer, Opt
         override_opt_param_scheduler=True,
     )
     return optimizer, scheduler
+
+
+def _count_padding(part: Any) -> None:
+    """Let Megatron find the state of a parameter behind the first bucket when it saves. It joins the
+    buckets without the padding at their ends and then looks each parameter up where it lies with it:
+    every checkpoint of more than one bucket would hold shifted moments, with a warning at most."""
+    for buffer in part.buffers:
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+        buffer.numel_unpadded = buffer.numel
 
 
 def parts(optimizer: ChainedOptimizer) -> Iterator:
