@@ -140,7 +140,7 @@ def ray_data(shards: list[str], folder: Path) -> Iterator[int]:
     """Ray Data over a list of shards, each read by a task with prebuilt offsets not in use."""
     import ray
 
-    ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
 
     def images(row: dict) -> list[dict]:
         return [{"image": decode(blob)} for blob, _ in _members([row["shard"]])]

@@ -60,7 +60,7 @@ def connect(settings: DataSettings) -> None:
     }
     try:
         if settings.ray_address == "local":
-            ray.init(num_cpus=settings.workers + 1, include_dashboard=False, **common)
+            ray.init(address="local", num_cpus=settings.workers + 1, include_dashboard=False, **common)
         else:
             ray.init(address=settings.ray_address, **common)
     except (ConnectionError, RuntimeError) as error:
