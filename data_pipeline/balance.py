@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from data_pipeline.plan import Part
 from data_pipeline.settings import DataSettings
 
@@ -14,6 +16,9 @@ IMAGE = 1.25
 """Encoding and drawing an image, in units of its placeholder tokens: beside the 13B model at 512 pixels a
 side, ten drawn images cost about a third of a row of 2,048 tokens."""
 
+PARTNERS, EXCHANGES = 16, 4
+"""Bins that the fullest one may exchange with at a time; exchanges at most, for each bin."""
+
 
 def row_cost(row: Sequence[Part], settings: DataSettings) -> float:
     """Work of a row in tokens. Every row is as long, padding included; attention and images differ."""
@@ -22,8 +27,12 @@ def row_cost(row: Sequence[Part], settings: DataSettings) -> float:
     return settings.context_length + ATTENTION * attention + IMAGE * settings.image_tokens * images
 
 
-def balance(costs: list[float], bins: int) -> list[list[int]]:
-    """Deal things into bins of equal count, longest processing time first.
+def balance(costs: Sequence[float], bins: int) -> list[list[int]]:
+    """Deal things into bins of equal count and about equal cost.
+
+    Longest processing time first; then, while it helps, a thing of the fullest bin is exchanged for one
+    of another bin. As counts are equal, the first alone leaves a bin that got a heavy thing early
+    without light enough ones to make up for it.
 
     Args:
         costs: of each thing; a multiple of ``bins`` of them.
@@ -39,4 +48,24 @@ def balance(costs: list[float], bins: int) -> list[list[int]]:
         target = min((b for b in range(bins) if len(held[b]) < each), key=lambda b: (load[b], b))
         held[target].append(index)
         load[target] += costs[index]
-    return [sorted(own) for own in held]
+    own = np.array(held, np.int64).reshape(bins, each)
+    if bins > 1 and each > 1:
+        _exchange(np.asarray(costs, np.float64), own, np.array(load))
+    return [sorted(row) for row in own.tolist()]
+
+
+def _exchange(costs: np.ndarray, held: np.ndarray, load: np.ndarray) -> None:
+    """Exchange things between the fullest bin and those with the least, in place, while that lowers it."""
+    for _ in range(EXCHANGES * len(held)):
+        high = int(load.argmax())
+        others = load.argsort(kind="stable")[:PARTNERS]
+        given, got = costs[held[high]][None, :, None], costs[held[others]][:, None, :]
+        less = given - got  # what the fullest bin gets rid of: [others, its things, their things]
+        fullest = np.maximum(load[high] - less, load[others][:, None, None] + less)
+        low, mine, theirs = np.unravel_index(int(fullest.argmin()), fullest.shape)
+        if fullest[low, mine, theirs] >= load[high] * (1 - 1e-9):
+            return
+        other = others[low]
+        held[high, mine], held[other, theirs] = held[other, theirs], held[high, mine]
+        load[high] -= less[low, mine, theirs]
+        load[other] += less[low, mine, theirs]
