@@ -2,10 +2,10 @@
 
     python benchmarks/plan_scale.py [--shards 100000] [--documents 1000] [--out FILE]
 
-A synthetic index stands for two sources of that many shards together, one interleaved, one of pairs. All
-shards of a source share the index of one of them, by links: its documents have lengths like MMC4's, the
-plan cannot tell. What is measured happens in a process of its own: open the corpus (manifest), take up a
-saved position at step 100,000 and plan the first step; then ten more windows of samples.
+A synthetic index stands for two sources of that many shards together, MMC4-like documents and pairs, mixed
+2:3 as in the paper (2:1:1:1). All shards of a source share the index of one of them, by links; the plan
+cannot tell. What is measured happens in a process of its own: read the manifests, take up a position at step
+100,000 and plan the first step; then ten more windows of samples. Bytes of samples are not read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from data_pipeline.tables import write_table
 TOKENIZER = "synthetic"
 HOLDOUT = 0.01
 STEP, ROWS = 100_000, 384
-RANKS, MICRO_BATCHES = 64, 4
+RANKS, MICRO_BATCHES = 64, 6
 
 
 def lines(count: int, pair: bool) -> list[Line]:
@@ -103,7 +103,7 @@ def measure(folder: Path) -> dict[str, float]:
     settings = DataSettings(
         sources=[
             SourceSettings("mmc4", str(folder / "mmc4"), 2.0),
-            SourceSettings("laion", str(folder / "laion"), 1.0, "pairs"),
+            SourceSettings("pairs", str(folder / "pairs"), 3.0, "pairs"),
         ],
         holdout=HOLDOUT,
     )
@@ -116,7 +116,7 @@ def measure(folder: Path) -> dict[str, float]:
     opened = time.perf_counter()
     planner = Planner(settings, Corpus(sources, ""), "train")
     # A position about 100,000 steps of 384 rows in: the samples drawn, as the mixing shares them out.
-    drawn = [2 * 30_000_000 + 1, 30_000_000]
+    drawn = [40_000_000, 60_000_000]
     rows, after = planner.window(drawn)
     while len(rows) < ROWS:
         more, after = planner.window(after)
@@ -127,7 +127,7 @@ def measure(folder: Path) -> dict[str, float]:
         rows += more
     planned = time.perf_counter()
     fills, spreads = Counter(), []
-    for source, name in enumerate(("mmc4", "laion")):
+    for source, name in enumerate(("mmc4", "pairs")):
         own = [row for row in rows if row[0].source == source]
         fills[name] = sum(part.length for row in own for part in row) / (settings.context_length * len(own))
     step = RANKS * MICRO_BATCHES
@@ -146,7 +146,8 @@ def measure(folder: Path) -> dict[str, float]:
         "memory before, MB": before,
         "memory at most, MB": peak(),
         "memory of the plan, MB": peak() - before,
-        "fill of mmc4-like rows": fills["mmc4"],
+        "fill of MMC4-like rows": fills["mmc4"],
+        "fill of rows of pairs": fills["pairs"],
         f"max/mean cost over {RANKS} ranks of {MICRO_BATCHES} rows, mean": float(np.mean(spreads)),
         f"max/mean cost over {RANKS} ranks of {MICRO_BATCHES} rows, worst": max(spreads),
     }
@@ -178,7 +179,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_source(folder / "mmc4", given.shards // 2, given.documents, False)
-        write_source(folder / "laion", given.shards - given.shards // 2, given.documents, True)
+        write_source(folder / "pairs", given.shards - given.shards // 2, given.documents, True)
         command = [sys.executable, __file__, "--measure", name]
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     defaults = DataSettings()
