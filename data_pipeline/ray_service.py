@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from typing import Any, Self
 
@@ -30,11 +31,14 @@ from data_pipeline.stream import Stream
 from data_pipeline.task import Produced
 
 NAMESPACE = "mmi-data"
-IDLE = 900.0
+IDLE = 300.0
 """Seconds after which a feeder that nobody asks ends itself."""
 
 RETRIES = 5
 """Feeders that a trainer starts one after the other before it gives up."""
+
+LEAVE = 30.0
+"""Seconds a rank waits for its feeder to let it go."""
 
 PULL = 60.0
 """Seconds for pixels to come from another node before they are made again."""
@@ -102,8 +106,10 @@ class Feeder:
         stream = Stream(self.settings, "train", global_rows)
         with self.lock:
             self.executor = self.executor or RayActors(setup_of(stream))
-            if client in self.feeds:
-                self.feeds[client][0].drop()
+            for name, (other, _) in list(self.feeds.items()):
+                if name == client or other.division.ranks != division.ranks:  # of an earlier trainer
+                    other.drop()
+                    del self.feeds[name]
             feed = Feed(stream, division, self.executor)
             self.feeds[client] = feed, threading.Lock()
             self.shares.pop(client, None)
@@ -140,6 +146,17 @@ class Feeder:
         feed, lock = self.feeds[client]
         with lock:
             return feed.heldout(documents)
+
+    def leave(self, client: str) -> None:
+        """A rank needs no more; with the last one the actors are given back."""
+        with self.lock:
+            feed, _ = self.feeds.pop(client, (None, None))
+            self.shares.pop(client, None)
+            if feed is not None:
+                feed.drop()
+            if not self.feeds and self.executor is not None:
+                self.executor.close()
+                self.executor = None
 
     def settle(self, client: str) -> None:
         """See ``Feed.settle``."""
@@ -237,8 +254,10 @@ class RemoteFeed:
         return _own(self._call("heldout", self.client, documents))
 
     def close(self) -> None:
-        """Let go; the feeder ends by itself when nobody asks."""
+        """Let go; the feeder gives back its actors, and ends by itself when nobody asks."""
         self._asked = None
+        with suppress(ray.exceptions.RayError):  # it is lost, and its actors with it
+            ray.get(self.feeder.leave.remote(self.client), timeout=LEAVE)
 
     def _fetched(self, index: int, produced: Produced) -> Produced:
         """A micro-batch with its pixels; made again when they were lost with their node."""

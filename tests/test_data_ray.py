@@ -65,6 +65,17 @@ def expected(mixed):
     return checksums(mixed, "inline", steps=STEPS)
 
 
+OPEN: list = []
+
+
+@pytest.fixture(autouse=True)
+def let_go():
+    """Feeders give their actors back: the next test needs the room."""
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
 def remote(settings, ranks: int = 1, state: dict | None = None) -> list:
     from data_pipeline.ray_service import RemoteFeed
 
@@ -72,6 +83,7 @@ def remote(settings, ranks: int = 1, state: dict | None = None) -> list:
     for feed in made:
         if state is not None:
             feed.load_state(state)
+    OPEN.extend(made)
     return made
 
 
