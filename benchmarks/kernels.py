@@ -264,9 +264,13 @@ def measure(device: str, repeats: int, only: str) -> Iterator[list[str]]:
     for title, case in cases(device):
         if only not in title:
             continue
-        check(case, with_classic=device != "cpu")
-        for run in passes(case, title):
-            lines.append(line(run, meter, repeats, rate))
+        try:
+            check(case, with_classic=device != "cpu")
+            for run in passes(case, title):
+                lines.append(line(run, meter, repeats, rate))
+                yield lines
+        except torch.OutOfMemoryError as error:
+            lines.append(f"| {title} | out of memory: {str(error).splitlines()[0]} |")
             yield lines
         if device != "cpu":
             torch.cuda.empty_cache()
