@@ -159,7 +159,9 @@ class Anatomy:
         """Tell communication apart from what it is called in."""
         work = torch._C._distributed_c10d.Work
         # As the classes hold them: what getattr gives would not bind again.
-        plain = {(dist.ProcessGroup, name): vars(dist.ProcessGroup)[name] for name in COLLECTIVES}
+        plain: dict[tuple[type, str], Any] = {
+            (dist.ProcessGroup, name): vars(dist.ProcessGroup)[name] for name in COLLECTIVES
+        }
         plain[work, "wait"] = vars(work)["wait"]
         for kind, name in plain:
             setattr(kind, name, self._communicating(getattr(kind, name)))
