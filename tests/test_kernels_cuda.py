@@ -185,13 +185,36 @@ def test_a_logit_that_is_nan_spoils_its_query_and_head_alone(where):
 
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_what_lies_under_no_sample_does_not_matter(where, deterministic):
-    case = Case(shapes=((16, 16),), base=64.0, images=1, groups=1, one_reference=True).drawn()
+@pytest.mark.parametrize(("tier", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
+def test_what_lies_under_no_sample_does_not_matter(where, deterministic, tier, dtype):
+    """Nor does the gradient of a query that touches no pixel; tensor cores multiply both by zero."""
+    case = Case(
+        shapes=((16, 16),), base=64.0, images=1, groups=1, channels=8, one_reference=True, dtype=dtype
+    )
+    case = case.drawn()
     case.tensors["reference_points"][:] = 0.5
     case.tensors["visible"] = torch.tensor([[0, 1]]).int()
     case.tensors["value"][:, 0] = float("nan")
-    with operators(where, deterministic) as (mmfs, _):
-        assert all(torch.isfinite(tensor).all() for tensor in case.run(mmfs).values())
+    case.tensors["offsets"][1] = 1e6
+    finite = case.run(mmfs_attention)
+    case.tensors["grad"][1] = float("inf")
+    with operators(where, deterministic, tier) as (mmfs, _):
+        found = case.run(mmfs)
+    expected = {name: finite[name].double() for name in ("out", "value")}
+    assert all(torch.isfinite(found[name]).all() for name in expected)
+    compare(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(("tier", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
+def test_what_lies_under_a_sample_spoils_it(where, tier, dtype):
+    case = Case(shapes=((2, 2),), images=1, groups=1, queries=2, channels=8, spread=0.1, dtype=dtype).drawn()
+    case.tensors["reference_points"][:] = 0.5
+    case.tensors["visible"] = torch.tensor([[0, 1]]).int()
+    case.tensors["value"][0, 1, 0, 3] = float("nan")
+    with operators(where, tier=tier) as (mmfs, _):
+        out = case.run(mmfs)["out"]
+    assert out[:, 0, 3].isnan().all() and out[:, 0].isnan().sum() == 2 and torch.isfinite(out[:, 1]).all()
 
 
 @pytest.mark.parametrize("where", WHERE)

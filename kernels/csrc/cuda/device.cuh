@@ -127,6 +127,7 @@ inline void check(cudaError_t status, const char* what) {
 template <typename... P, typename... Q>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, Stream stream,
             const Q&... arguments) {
+  if (blocks > INT32_MAX) throw std::runtime_error("a kernel's launch: more than 2^31 blocks; split the batch");
   if (shared_bytes > (48 << 10))
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
           "a kernel's shared memory");

@@ -42,6 +42,34 @@ __device__ __forceinline__ void mix(const Arguments<T, A>& p, const Sample<A>& s
   }
 }
 
+// Normalises a (query, head)'s sum, adds the sink's share, and writes output and softmax.
+template <bool FUSED, typename T, typename A>
+__device__ __forceinline__ void finish_output(const Arguments<T, A>& p, const Group& group,
+                                              const RunningSoftmax<A>& softmax, int64_t q, int head, int piece,
+                                              const A (&sum)[kVector<T>]) {
+  A inverse = 1;
+  if constexpr (FUSED) {
+    A total = group.sum(softmax.total);
+    if (p.sink) total += exp_nonpositive(-softmax.peak);
+    if (p.partial) total = p.stats[(p.queries + q) * p.heads + head];
+    inverse = invert(total);
+    if (piece == 0 && group.rank == 0 && !p.partial) {
+      p.stats[q * p.heads + head] = softmax.peak;
+      p.stats[(p.queries + q) * p.heads + head] = total;
+    }
+  }
+  const A share = p.sink ? exp_nonpositive(-softmax.peak) * inverse : A(inverse == 0);
+  const int channel = (piece * p.lanes + group.rank) * kVector<T>;
+  for (int i = 0; i < kVector<T>; ++i) {
+    if (channel + i >= p.channels) break;
+    A result = sum[i] * inverse;
+    if (p.sink_value) result += share * p.sink_value[head * p.channels + channel + i];
+    T rounded;
+    narrow(result, rounded);
+    p.out[(q * p.heads + head) * p.channels + channel + i] = rounded;
+  }
+}
+
 // One group a (query, head, piece of its channels).
 template <typename T, typename A, int UNIT, int LEVELS, bool FUSED>
 __global__ void __launch_bounds__(kThreads, UNIT == 1 ? 3 : 4) gather_forward(const __grid_constant__ Arguments<T, A> p) {
@@ -51,14 +79,12 @@ __global__ void __launch_bounds__(kThreads, UNIT == 1 ? 3 : 4) gather_forward(co
   const int piece = int(index % p.pieces), head = int(index / p.pieces % p.heads);
   const int64_t q = index / p.pieces / p.heads;
   const int channel = (piece * p.lanes + group.rank) * kVector<T>;
-  const int64_t at_out = (q * p.heads + head) * p.channels + channel;
-
   A sum[kVector<T>] = {};
   RunningSoftmax<A> softmax{FUSED && !p.sink ? -A(INFINITY) : A(0), 0};
   if (p.partial) {  // the second tier has been here
     if (FUSED) softmax.peak = p.stats[q * p.heads + head];
     for (int i = 0; i < kVector<T>; ++i)
-      if (channel + i < p.channels) sum[i] = p.partial[at_out + i];
+      if (channel + i < p.channels) sum[i] = p.partial[(q * p.heads + head) * p.channels + channel + i];
   }
   const Interval seen = seen_by(p, q / p.group_size);
   const int levels = LEVELS ? LEVELS : p.levels;
@@ -92,26 +118,7 @@ __global__ void __launch_bounds__(kThreads, UNIT == 1 ? 3 : 4) gather_forward(co
       }
     }
   }
-  A inverse = 1;
-  if constexpr (FUSED) {
-    A total = group.sum(softmax.total);
-    if (p.sink) total += exp_nonpositive(-softmax.peak);
-    if (p.partial) total = p.stats[(p.queries + q) * p.heads + head];
-    inverse = invert(total);
-    if (piece == 0 && group.rank == 0 && !p.partial) {
-      p.stats[q * p.heads + head] = softmax.peak;
-      p.stats[(p.queries + q) * p.heads + head] = total;
-    }
-  }
-  const A share = p.sink ? exp_nonpositive(-softmax.peak) * inverse : A(inverse == 0);
-  for (int i = 0; i < kVector<T>; ++i) {
-    if (channel + i >= p.channels) break;
-    A result = sum[i] * inverse;
-    if (p.sink_value) result += share * p.sink_value[head * p.channels + channel + i];
-    T rounded;
-    narrow(result, rounded);
-    p.out[at_out + i] = rounded;
-  }
+  finish_output<FUSED>(p, group, softmax, q, head, piece, sum);
 }
 
 // What a batch of samples has to know of its place in the backward.

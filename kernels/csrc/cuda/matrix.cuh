@@ -88,18 +88,23 @@ __device__ __forceinline__ void fill_weights(const Arguments<T, float>& p, const
 }
 
 // Copies 64 rows of channels into a tile, or its transpose; what is beyond `rows` or the channels is
-// zero. Rows lie `stride` apart, aligned to 16 bytes.
+// zero. Rows lie `stride` apart, aligned to 16 bytes. Returns whether the thread met infinity or NaN.
 template <bool TRANSPOSED, typename T>
-__device__ __forceinline__ void copy_tile(Array<const T> from, int64_t stride, int rows, int channels, Array<T> to) {
+__device__ __forceinline__ bool copy_tile(Array<const T> from, int64_t stride, int rows, int channels, Array<T> to) {
   constexpr int kPieces = kMatrixChannels / kVector<T>;
+  bool finite = true;
   for (int i = int(threadIdx.x); i < kTile * kPieces; i += kThreads) {
     const int row = i / kPieces, channel = i % kPieces * kVector<T>;
     Vector<T, kVector<T>> loaded{};
     if (row < rows && channel < channels) loaded = load_vector<kVector<T>>(from, row * stride + channel);
 #pragma unroll
-    for (int j = 0; j < kVector<T>; ++j)
+    for (int j = 0; j < kVector<T>; ++j) {
+      const float x = to_arithmetic(loaded.at[j]);
+      finite &= x - x == 0;
       to[TRANSPOSED ? (channel + j) * kWide + row : row * kWide + channel + j] = loaded.at[j];
+    }
   }
+  return !finite;
 }
 
 template <typename T>
@@ -136,14 +141,31 @@ __device__ __forceinline__ void multiply(F a_pair, const Array<T>& b_transposed,
 }
 
 // Calls visit(row, column, number) for the numbers a lane holds.
-template <typename F>
-__device__ __forceinline__ void over_fragment(const float (&sums)[8][4], F visit) {
+template <typename Sums, typename F>
+__device__ __forceinline__ void over_fragment(Sums& sums, F visit) {
   const Lane lane;
 #pragma unroll
   for (int n = 0; n < 8; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       visit(lane.warp * 16 + lane.group + (i >> 1) * 8, n * 8 + lane.pair + (i & 1), sums[n][i]);
+}
+
+// sums += W B, W by weight(row, k). Where B holds infinity or NaN, ordinary multiplications leave out
+// the zeros of W: what lies under no sample must not matter.
+template <typename T, typename F>
+__device__ __forceinline__ void multiply_weights(bool finite, F weight, const Array<T>& b_transposed,
+                                                 float (&sums)[8][4]) {
+  if (finite) {
+    multiply<T>([&](int row, int k) { return pack<T>(weight(row, k), weight(row, k + 1)); }, b_transposed, kTile, sums);
+    return;
+  }
+  over_fragment(sums, [&](int row, int column, float& sum) {
+    for (int k = 0; k < kTile; ++k) {
+      const float w = weight(row, k);
+      if (w != 0) sum += w * to_arithmetic(T(b_transposed[column * kWide + k]));
+    }
+  });
 }
 
 // The softmax alone: its peak and sum over all levels. One group a (query, head).
@@ -191,15 +213,12 @@ __global__ void __launch_bounds__(kThreads) matrix_forward(const __grid_constant
       for (int from = 0; from < pixels; from += kTile) {
         __syncthreads();  // the matrices before have been multiplied
         fill_weights<FUSED>(p, tiles.weights, mine, image, head, level, from);
-        copy_tile<true>(p.value + (image * p.stride_image + (p.start[level] + from) * p.stride_position +
-                                   head * p.stride_head),
-                        p.stride_position, pixels - from, p.channels, tiles.first);
-        __syncthreads();  // both matrices are complete
-        multiply<T>(
-            [&](int row, int k) {
-              return pack<T>(tiles.weights[row * kLong + k], tiles.weights[row * kLong + k + 1]);
-            },
-            tiles.first, kTile, sums);
+        const bool strange = copy_tile<true>(
+            p.value + (image * p.stride_image + (p.start[level] + from) * p.stride_position + head * p.stride_head),
+            p.stride_position, pixels - from, p.channels, tiles.first);
+        const bool finite = !any_thread(strange);  // also: both matrices are complete
+        multiply_weights<T>(
+            finite, [&](int row, int k) { return float(tiles.weights[row * kLong + k]); }, tiles.first, sums);
       }
     }
   }
@@ -230,14 +249,12 @@ __global__ void __launch_bounds__(kThreads)
     if (!any_thread(mine.sees(image))) continue;  // also: the matrices before have been multiplied
     fill_weights<FUSED>(p, tiles.weights, mine, image, head, level, from);
     const int64_t left = p.queries - first;
-    copy_tile<true>(p.grad_out + (first * p.heads + head) * p.channels, int64_t(p.heads) * p.channels,
-                    left < kTile ? int(left) : kTile, p.channels, tiles.first);
-    __syncthreads();  // both matrices are complete
-    multiply<T>(
-        [&](int pixel, int k) {
-          return pack<T>(tiles.weights[k * kLong + pixel], tiles.weights[(k + 1) * kLong + pixel]);
-        },
-        tiles.first, kTile, sums);
+    const bool strange =
+        copy_tile<true>(p.grad_out + (first * p.heads + head) * p.channels, int64_t(p.heads) * p.channels,
+                        left < kTile ? int(left) : kTile, p.channels, tiles.first);
+    const bool finite = !any_thread(strange);  // also: both matrices are complete
+    multiply_weights<T>(
+        finite, [&](int pixel, int k) { return float(tiles.weights[k * kLong + pixel]); }, tiles.first, sums);
   }
   over_fragment(sums, [&](int pixel, int channel, float sum) {
     if (from + pixel >= pixels || channel >= p.channels) return;
