@@ -82,7 +82,8 @@ def readable(mangled: str) -> str:
         return name
     kernel, arguments = found.group(1), found.group(2).split(", ")
     types = {"BFloat16": "bf16", "Float16": "f16", "float": "f32", "double": "f64"}
-    parameters = [types[arguments[0]], *arguments[2:]]
+    rest = arguments[2:] if arguments[1:2] in (["float"], ["double"]) else arguments[1:]
+    parameters = [types[arguments[0]], *rest]
     return f"{kernel}<{', '.join(parameters)}>".replace("true", "fused").replace("false", "general")
 
 
