@@ -286,7 +286,8 @@ def _count_padding(part: Any) -> None:
 def parts(optimizer: ChainedOptimizer) -> Iterator:
     """The distributed optimizers within that hold parameters: one of what is replicated or divided
     by tensor parallelism, one of what is marked by ``mark_image_parallel``."""
-    return (part for part in optimizer.chained_optimizers if not part.is_stub_optimizer)
+    # Megatron makes the same parameter groups on all ranks; a pipeline stage may have nothing in them.
+    return (part for part in optimizer.chained_optimizers if not part.is_stub_optimizer and part.buffers)
 
 
 @torch.no_grad()
