@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -153,6 +154,78 @@ def test_our_modules_give_the_outputs_of_the_originals(ranks, checkpoints, tmp_p
         "resampler",
         "output_proj",
     }
+
+
+def weights_of_ours(tensor: int, pipeline: int, init_from: list[str], out: str):
+    """On one rank: the plain tensors that its stage holds after the start, and bytes read by file."""
+    from mmi_megatron.convert.start import load_start
+    from mmi_megatron.parallel import groups
+    from mmi_megatron.parallel.model import build_stages
+    from mmi_megatron.parallel.plain import gather_plain
+    from mmi_megatron.train.storage import Folder
+
+    read: dict[str, int] = {}
+
+    def counted(self, name, start=None, end=None, original=Folder.read):
+        data = original(self, name, start, end)
+        read[f"{self.name}/{name}"] = read.get(f"{self.name}/{name}", 0) + len(data)
+        return data
+
+    config = models.settings(tensor)
+    config.parallel.pipeline = pipeline
+    config.train.init_from = init_from
+    groups.initialize(config)
+    original, Folder.read = Folder.read, counted
+    try:
+        stages = build_stages(config, models.SPECIAL)
+        load_start(stages, config, Path(out))
+        held = {}
+        for stage in stages:
+            held |= {f"language.{name}": value for name, value in gather_plain(stage.language_model).items()}
+            for part in ("visual_tokenizer", "image_decoder"):
+                if (module := getattr(stage, part)) is not None:
+                    held |= {f"{part}.{name}": value for name, value in module.state_dict().items()}
+        return held, read
+    finally:
+        Folder.read = original
+        groups.destroy()
+
+
+def files_of(read: dict[str, int], name: str) -> dict[int, int]:
+    """Bytes of a checkpoint's files of tensors, by their number."""
+    pattern = re.compile(rf"(?:.*/)?{name}/__(\d+)_0\.distcp$")
+    return {int(found[1]): count for path, count in read.items() if (found := pattern.match(path))}
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
+def test_a_rank_reads_its_own_slices_and_nothing_else(ranks, sources, tmp_path, tensor, pipeline):
+    wanted = {f"language.{name.removeprefix('model.')}": t for name, t in models.llama().state_dict().items()}
+    layout = f"tp={tensor},pp={pipeline}"
+    out = {}
+    for kind, name in (("hf-llama", "llama_2"), ("hf-clip", "clip"), ("sd", "sd")):
+        out[name] = converted(kind, sources / name, tmp_path / name, layout)
+    results = ranks.run(
+        2, weights_of_ours, tensor, pipeline, [str(path) for path in out.values()], str(tmp_path / "run")
+    )
+    seen: set[str] = set()
+    for rank, (held, read) in enumerate(results):
+        for name, tensor_ in wanted.items():
+            if name in held:
+                assert torch.equal(held[name][: len(tensor_)], tensor_), name
+        unet = {name: t for name, t in held.items() if name.startswith("image_decoder.unet.")}
+        assert all(torch.equal(t, models.unet().state_dict()[name[19:]]) for name, t in unet.items())
+        seen |= held.keys()
+        mine = files_of(read, "llama_2")
+        sizes = {number: (out["llama_2"] / f"__{number}_0.distcp").stat().st_size for number in range(2)}
+        assert mine[rank] <= sizes[rank]
+        assert mine[rank] > 0.7 * sizes[rank]
+        other = mine.get(1 - rank, 0)
+        # Of tensor-parallel slices the norms, which all ranks hold, are in the first rank's file.
+        assert other < 0.25 * sizes[1 - rank] if tensor == 2 else other == 0
+        if pipeline == 2:
+            assert bool(files_of(read, "clip")) == (rank == 0) and bool(files_of(read, "sd")) == (rank == 1)
+            assert bool(unet) == (rank == 1)
+    assert wanted.keys() <= seen
 
 
 # And back

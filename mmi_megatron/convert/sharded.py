@@ -227,7 +227,7 @@ def write(
     # What cannot be divided is found before anything is written.
     axes = {
         entry.key: entry.axis([like[name] for name in entry.names], layout.tensor)
-        if layout.tensor > 1
+        if layout.tensor * entry.blocks > 1
         else None
         for entry in things
     }
