@@ -233,7 +233,10 @@ def test_wrong_names_and_types(override, expected):
         (["parallel.virtual=2"], ["parallel.virtual", "parallel.pipeline=1"]),
         (["parallel.context=2"], ["parallel.context", "TransformerEngine"]),
         (["parallel.tensor=1", "parallel.sequence=true"], ["parallel.sequence", "parallel.tensor=1"]),
-        (["parallel.sequence=true", "data.context_length=161"], ["data.context_length", "parallel.tensor, 2"]),
+        (
+            ["parallel.sequence=true", "data.context_length=161"],
+            ["data.context_length", "parallel.tensor, 2"],
+        ),
         (["train.recompute.vision=some"], ["train.recompute.vision", "selective"]),
         (["model.decoder.image_size=30"], ["model.decoder.image_size", "U-Net", "4"]),
         (["model.decoder.vae={norm_groups: 16}", "model.decoder.image_size=48"], ["VAE", "32"]),

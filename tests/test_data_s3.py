@@ -16,7 +16,7 @@ from data_pipeline.settings import StorageSettings
 from data_pipeline.storage import Range, Storage, StorageError
 from data_pipeline.stream import Stream
 from tests.data_corpora import documents, make_settings, pairs, photo
-from tests.fault_proxy import FAULTS, FaultProxy
+from tests.fault_proxy import FaultProxy
 
 pytestmark = pytest.mark.soak
 

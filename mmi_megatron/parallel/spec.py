@@ -27,7 +27,6 @@ from mmi_megatron.parallel.mmfs import GatedAdd, ShardedMMFS
 from mmi_megatron.parallel.norm import RMSNorm
 from mmi_megatron.platform import device, parameter_dtype
 
-
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
