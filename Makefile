@@ -19,6 +19,8 @@ export TORCH_INDEX
 
 .PHONY: quickstart test soak gpu check clean setup setup-dev setup-soak kernels python
 
+# It runs here: where there is no GPU it does not wait for nvcc to compile the CUDA kernels.
+quickstart: export FORCE_CUDA := $(or $(FORCE_CUDA),$(shell command -v nvidia-smi >/dev/null || echo 0))
 quickstart: setup kernels
 	$(BIN)/mmi quickstart
 
