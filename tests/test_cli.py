@@ -26,6 +26,11 @@ COMMANDS = {
     "mmi config": "preset overrides",
     "mmi params": "preset overrides --json",
     "mmi doctor": "",
+    "mmi convert": "kind source --out overrides --layout --dtype --image-size --vocabulary-multiple --preset "
+    "--json",
+    "mmi export": "checkpoint --llm --vision --decoder --released --vision-format --config --dtype --average "
+    "--json",
+    "mmi checkpoint": "",
     "mmi data": "",
     "mmi data import-html": "folder --out --json",
     "mmi data import-mmc4": "folder --out --similarity --max-images --drop-single --json",
@@ -33,6 +38,16 @@ COMMANDS = {
     "mmi data import-pairs": "folder --out --min-tokens --tokenizer --json",
     "mmi data storybook": "--out --stories --seed --size --json",
     "mmi data tokenizer": "shards --out --vocab --json",
+    "mmi data download": "lists --out --connections --per-host --timeout --retries --max-bytes --smallest "
+    "--recipe --aesthetic --min-tokens --tokenizer --unsafe --watermark --similarity --license "
+    "--ignore-opt-out --allow --documents-per-shard --json",
+    "mmi data index": "shards --tokenizer --holdout --workers --json",
+    "mmi data inspect": "shards --tokenizer --out --kind --rows --context-length --image-tokens --json",
+    "mmi data bench": "--executors --images --workers --decoder --rounds --folder --json",
+    "mmi data serve": "--address --workers --port",
+    "mmi data filter": "source --out --function --workers --ray --json",
+    "mmi data recaption": "source --out --function --workers --ray --json",
+    "mmi data dedup": "source --out --workers --ray --json",
 }
 """Every command with its arguments and options: a change here breaks somebody's script."""
 

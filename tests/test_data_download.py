@@ -16,8 +16,6 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-pytest.importorskip("aiohttp", reason="the data-service extra")
-
 from data_pipeline import cli
 from data_pipeline.download import run as run_module
 from data_pipeline.download.addresses import AddressRule, CheckedResolver, Forbidden

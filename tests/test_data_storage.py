@@ -328,6 +328,7 @@ def test_any_bytes_are_no_tar_file_or_end_as_cut_short(blob):
 def test_a_changed_byte_of_a_header_is_found_or_does_no_harm(number, place, value):
     members = [(tarfile.TarInfo(f"k{i}.json"), bytes([i]) * 100) for i in range(4)]
     blob = bytearray(_tar(*members))
+    whole = list(headers(Bytes(bytes(blob))))
     at = 1024 * number + place
     if number == 4 or blob[at] == value:
         return
@@ -336,6 +337,8 @@ def test_a_changed_byte_of_a_header_is_found_or_does_no_harm(number, place, valu
         found = list(headers(Bytes(bytes(blob))))
     except NotTar:
         return
+    if 148 + 6 <= place < 156 and found == whole:
+        return  # what ends the digits of the checksum, which is not part of the sum itself
     assert len(found) == number + 1
     assert found[-1].problem == CUT_SHORT
 

@@ -224,7 +224,12 @@ def test_parts_of_forward_and_backward_are_told_apart():
     parts = Anatomy()
     parts.attach(model)
     enter = parts.enter
-    parts.enter = lambda part: (seen.append(part), enter(part))
+
+    def noted(part):
+        seen.append(part)
+        enter(part)
+
+    parts.enter = noted
     hidden = model.visual_tokenizer(torch.ones(2, 3))
     model.image_decoder.loss(hidden).backward()
     order = [part for index, part in enumerate(seen) if index == 0 or seen[index - 1] != part]
