@@ -179,8 +179,9 @@ class _Tour:
             document = generate(run, opening, ways)
             write_page(document, page, facts | {"end": document.metadata["ended"]})
         times = Table("phase", "wall time", title="Quickstart")
-        for title, seconds in self.seconds.items():
-            times.add_row(title, f"{seconds // 60:.0f} min {seconds % 60:02.0f} s")
+        for title, taken in self.seconds.items():
+            minutes, seconds = divmod(round(taken), 60)
+            times.add_row(title, f"{minutes} min {seconds:02d} s")
         self.console.print(times)
         prompt = self.out / "prompt.json"
         again = ["mmi", "generate", str(self.out), "--prompt", str(prompt), "--out", "my_page.html"]
