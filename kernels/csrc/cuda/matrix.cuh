@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads) measure_softmax(const __grid_constan
 
 // What the matrix levels add to the output of 64 queries, relative to the softmax's peak.
 template <typename T, bool FUSED>
-__global__ void __launch_bounds__(kThreads) matrix_forward(const __grid_constant__ Arguments<T, float> p) {
+__global__ void __launch_bounds__(kThreads, 4) matrix_forward(const __grid_constant__ Arguments<T, float> p) {
   const Tiles<T> tiles;
   const int head = int(int64_t(blockIdx.x) % p.heads);
   const int64_t first = int64_t(blockIdx.x) / p.heads * kTile;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads) matrix_forward(const __grid_constant
 
 // The value's gradient at 64 pixels of one (image, head); `pieces` of them in all matrix levels.
 template <typename T, bool FUSED>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     matrix_backward_value(const __grid_constant__ Arguments<T, float> p, int64_t pieces) {
   const Tiles<T> tiles;
   const int64_t image = int64_t(blockIdx.x) / pieces / p.heads;
@@ -348,7 +348,7 @@ __device__ __forceinline__ void add_to_table(const Arguments<T, float>& p, const
 
 // The gradients of 64 queries' projections on the matrix levels. p.chunk divides 64.
 template <typename T, bool FUSED>
-__global__ void __launch_bounds__(kThreads) matrix_backward_query(const __grid_constant__ Arguments<T, float> p) {
+__global__ void __launch_bounds__(kThreads, 4) matrix_backward_query(const __grid_constant__ Arguments<T, float> p) {
   const Tiles<T> tiles;
   const int head = int(int64_t(blockIdx.x) % p.heads);
   const int64_t first = int64_t(blockIdx.x) / p.heads * kTile;
