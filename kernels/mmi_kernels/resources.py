@@ -6,11 +6,11 @@ and static shared memory. Needs nvcc and c++filt, but no GPU.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -113,9 +113,12 @@ def table() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, help="where the table goes (default: to the terminal)")
+    given = parser.parse_args()
     written = table()
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(written)
+    if given.file:
+        given.file.write_text(written)
     else:
         print(written, end="")
 
