@@ -37,7 +37,8 @@ def mmfs_attention(
     visible. Sampling is bilinear; pixel = location * size - 0.5; outside a map lies zero. A sample
     whose location is not finite has the value zero and gives its location no gradient; it keeps its
     share of the softmax. Locations, softmax and sums are in float64 for a float64 value, else in
-    float32. Results are the same bits at any number of threads (compiled CPU operators).
+    float32. Results are the same bits at any number of threads of a CPU; on a GPU gradients are the same
+    bits from run to run under ``torch.use_deterministic_algorithms(True)``.
 
     Letters: I images, S positions of all levels of an image, L levels, Q queries, H heads,
     P points, D channels a head, K rows of the table (row 0 is never used), G query groups.
@@ -63,7 +64,8 @@ def mmfs_attention(
 
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit.
-        RuntimeError: ``visible`` names images that ``value`` does not hold.
+        RuntimeError: ``visible`` names images that ``value`` does not hold; on a GPU, where finding out
+            would wait for the device, such an interval is cut to the images that there are.
     """
     shapes = as_shapes(spatial_shapes)
     projections = {
