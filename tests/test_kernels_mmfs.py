@@ -217,8 +217,10 @@ def test_the_same_bits_at_any_number_of_threads(name):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_only_what_is_asked_for_gets_a_gradient(name):
-    case = Case().drawn()
+@pytest.mark.parametrize("images", [0, 2])
+def test_only_what_is_asked_for_gets_a_gradient(name, images):
+    """And gets one, zeros, where there is no image: Megatron asks for a gradient of every parameter."""
+    case = Case(images=images).drawn()
     everything = case.run(mmfs_attention)
     for wanted in DIFFERENTIABLE:
         tensors = dict(case.tensors)

@@ -113,7 +113,8 @@ def mmfs_attention(
     # Queries of one image are sampled together: pairs are sorted by image and padded to the
     # longest list, so that one grid_sample a level serves all images.
     order = torch.argsort(image, stable=True)
-    # (With nothing visible, one idle slot keeps the value's gradient: zeros, not None.)
+    # (With nothing visible, one idle slot keeps the value's gradient: zeros, not None, as the compiled
+    # operators give; Megatron's data parallelism needs one of every parameter.)
     out = torch.zeros(queries, heads, channels, dtype=exact, device=value.device)
     if images:
         by_image = image[order]
@@ -127,6 +128,8 @@ def mmfs_attention(
         samples = samples.permute(0, 3, 1, 4, 5, 2).flatten(0, 1)[flat]  # [pairs, H, L, P, D]
         mixed = torch.einsum("nhlp,nhlpd->nhd", weight[order], samples)
         out = out.index_add(0, query[order], mixed)
+    else:
+        out = out + (value.to(exact).sum() + location.sum() + weight.sum())  # sums of nothing
     if sink_value is not None:
         share = torch.exp(-peak) / total if sink else (~seen).to(exact)
         out = out + share[..., None] * sink_value.to(exact)
