@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -23,14 +21,14 @@ import numpy as np
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import DataError
-from data_pipeline.executors.ray_actors import RESOURCE, RayActors, fetch
+from data_pipeline.executors.ray_actors import RayActors, fetch
 from data_pipeline.feed import Division, Feed, Share, setup_of
 from data_pipeline.optional import ray
+from data_pipeline.ray_cluster import NAMESPACE, connect
 from data_pipeline.settings import DataSettings
 from data_pipeline.stream import Stream
 from data_pipeline.task import Produced
 
-NAMESPACE = "mmi-data"
 IDLE = 300.0
 """Seconds after which a feeder that nobody asks ends itself."""
 
@@ -44,34 +42,6 @@ PULL = 60.0
 """Seconds for pixels to come from another node before they are made again."""
 
 log = logging.getLogger(__name__)
-
-
-def connect(settings: DataSettings) -> None:
-    """Join the cluster that ``data.ray_address`` names, unless this process is in one.
-
-    Raises:
-        DataError: when there is none.
-    """
-    if ray.is_initialized():
-        return
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    common = {
-        "namespace": NAMESPACE,
-        "log_to_driver": False,
-        "logging_level": logging.WARNING,
-        "runtime_env": {"env_vars": {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}},
-    }
-    try:
-        if settings.ray_address == "local":
-            ray.init(address="local", num_cpus=settings.workers + 1, include_dashboard=False, **common)
-        else:
-            ray.init(address=settings.ray_address, **common)
-    except (ConnectionError, RuntimeError) as error:
-        raise DataError(
-            f"data.ray_address={settings.ray_address}: no Ray cluster answers ({error}); "
-            "start one with `mmi data serve` on this machine, or set data.ray_address=local"
-        ) from None
 
 
 class Feeder:
@@ -315,34 +285,6 @@ class RemoteFeed:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
         except ray.exceptions.RayError as error:
             log.warning("the new feeder was lost as well (%s)", str(error).split("\n")[0])
-
-
-def serve(address: str | None, workers: int, port: int = 6379) -> int:
-    """Make this machine part of the data service until it is interrupted.
-
-    Args:
-        address: ``host:port`` of the cluster to join; None starts one here.
-        workers: actors that may decode here at a time.
-        port: of a cluster that is started here. Ray has no passwords: it belongs in a network that only
-            the job's machines can reach.
-
-    Returns:
-        Ray's exit code.
-    """
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    command += (
-        ["--address", address] if address else ["--head", f"--port={port}", "--include-dashboard=false"]
-    )
-    command += [f"--num-cpus={workers}", f"--resources={json.dumps({RESOURCE: workers})}"]
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    ray.__version__  # noqa: B018 says what to install when it is missing
-    with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}) as process:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            return process.wait()
 
 
 def _own(batch: Batch) -> Batch:

@@ -61,7 +61,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Of a cluster that starts here.")] = 6379,
 ) -> None:
     """Make this machine part of the data service (Ray), until Ctrl-C. For trusted networks only."""
-    from data_pipeline.ray_service import serve as join
+    from data_pipeline.ray_cluster import serve as join
 
     try:
         raise typer.Exit(join(address, workers, port))
@@ -111,6 +111,6 @@ def dedup(
 
 
 def _join(address: str, workers: int) -> None:
-    from data_pipeline.ray_service import connect
+    from data_pipeline.ray_cluster import connect
 
     connect(DataSettings(ray_address=address, workers=workers))

@@ -1,0 +1,135 @@
+"""Clusters of the data service: starting one, joining one, leaving it.
+
+Whoever may talk to a Ray cluster may run anything on it. Ray (2.52 and later) therefore asks for a token,
+which all machines of a cluster share: ``RAY_AUTH_TOKEN``, the file that ``RAY_AUTH_TOKEN_PATH`` names, or
+``~/.ray/auth_token``. The first machine makes one if there is none; with ``RAY_AUTH_MODE=disabled`` Ray asks
+for nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from data_pipeline.errors import DataError
+from data_pipeline.executors.ray_actors import RESOURCE
+from data_pipeline.optional import ray
+from data_pipeline.settings import DataSettings
+
+NAMESPACE = "mmi-data"
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+"""Environment variables that Ray reads."""
+
+PATIENCE = 20.0
+"""Seconds that Ray's processes have to end."""
+
+
+def connect(settings: DataSettings) -> None:
+    """Join the cluster that ``data.ray_address`` names, unless this process is in one.
+
+    Raises:
+        DataError: when there is none.
+    """
+    if "ray" not in sys.modules and MODE not in os.environ and has_token():
+        os.environ[MODE] = "token"  # Ray itself does so for ``auto`` alone, not for host:port
+    if ray.is_initialized():
+        return
+    common = {
+        "namespace": NAMESPACE,
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+        "runtime_env": {"env_vars": {"PYTHONPATH": _path(), "TOKENIZERS_PARALLELISM": "false"}},
+    }
+    try:
+        if settings.ray_address == "local":
+            ray.init(address="local", num_cpus=settings.workers + 1, include_dashboard=False, **common)
+        else:
+            ray.init(address=settings.ray_address, **common)
+    except (ConnectionError, RuntimeError) as error:
+        raise DataError(
+            f"data.ray_address={settings.ray_address}: no Ray cluster answers ({error}); start one with "
+            f"`mmi data serve`, give this machine its token ({token_path()}), or set data.ray_address=local"
+        ) from None
+
+
+def serve(address: str | None, workers: int, port: int = 6379) -> int:
+    """Make this machine part of the data service until it is interrupted (SIGINT or SIGTERM).
+
+    Args:
+        address: ``host:port`` of the cluster to join; None starts one here.
+        workers: actors that may decode here at a time.
+        port: of a cluster that is started here.
+
+    Returns:
+        0 once it was interrupted and Ray has ended; else Ray's exit code.
+
+    Raises:
+        DataError: when Ray is not installed, or the token of the cluster to join is not here.
+    """
+    ray.__version__  # noqa: B018 says what to install when it is missing
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    command += (
+        ["--address", address] if address else ["--head", f"--port={port}", "--include-dashboard=false"]
+    )
+    command += [f"--num-cpus={workers}", f"--resources={json.dumps({RESOURCE: workers})}"]
+    asked: list[int] = []
+    with subprocess.Popen(command, env=_environment(join=address is not None)) as process:
+
+        def end(number: int, _: object) -> None:
+            asked.append(number)
+            process.terminate()
+
+        before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while not asked:
+                try:
+                    return process.wait(1.0)
+                except subprocess.TimeoutExpired:
+                    continue
+            return _ended(process)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def has_token() -> bool:
+    """Whether this machine has a token for Ray clusters."""
+    return bool(os.environ.get(TOKEN)) or token_path().is_file()
+
+
+def token_path() -> Path:
+    """The file that holds the token."""
+    return Path(os.environ.get(TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
+
+
+def _ended(process: subprocess.Popen) -> int:
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    return 0
+
+
+def _environment(join: bool) -> dict[str, str]:
+    """Of the processes of Ray on this machine; makes the token of a new cluster."""
+    own = {**os.environ, "PYTHONPATH": _path()}
+    if own.setdefault(MODE, "token") == "token" and not has_token():
+        if join:
+            raise DataError(f"no token: copy {token_path()} from the cluster's first machine, or set {TOKEN}")
+        path = token_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    return own
+
+
+def _path() -> str:
+    """``PYTHONPATH`` with this package on it."""
+    root = str(Path(__file__).resolve().parents[1])
+    return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
