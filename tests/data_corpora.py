@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.formats import Document, write_documents
+from data_pipeline.formats import Document, find_shards, parse_content, read_range, scan_file, write_documents
 from data_pipeline.settings import DataSettings, SourceSettings
 from data_pipeline.tokens import train_tokenizer
 
@@ -109,3 +109,14 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(blob)
             tar.addfile(info, io.BytesIO(blob))
+
+
+def read_corpus(folder: Path) -> dict[str, list[str | bytes]]:
+    """Documents of a folder of shards: {key: [text or image bytes, ...]}."""
+    found = {}
+    for shard, _ in find_shards(str(folder), "x"):
+        for key, members in scan_file(shard):
+            blobs = {m.name: read_range(shard, m.offset, m.size) for m in members}
+            pieces, _ = parse_content(blobs["json"])
+            found[key] = [blobs[value] if kind == "image" else value for kind, value in pieces]
+    return found

@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import os
-import socket
 import zipfile
 
 import numpy as np
@@ -16,7 +15,6 @@ from typer.testing import CliRunner
 
 from data_pipeline.cli import app
 from data_pipeline.errors import DataError
-from data_pipeline.formats import find_shards, parse_content, read_range, scan_file
 from data_pipeline.importers.common import checked_image
 from data_pipeline.importers.html import import_html
 from data_pipeline.importers.mmc4 import Filters, assign, import_mmc4
@@ -32,147 +30,12 @@ from tests.data_corpora import (
     make_tokenizer,
     photo,
     picture,
+    read_corpus,
     write_tar,
 )
 
 BIG = picture(5, (70, 80))
 RUN = CliRunner()
-
-
-def read(folder):
-    """Documents of a folder of shards: {key: [text or image bytes, ...]}."""
-    found = {}
-    for shard, _ in find_shards(str(folder), "x"):
-        for key, members in scan_file(shard):
-            blobs = {m.name: read_range(shard, m.offset, m.size) for m in members}
-            pieces, _ = parse_content(blobs["json"])
-            found[key] = [blobs[value] if kind == "image" else value for kind, value in pieces]
-    return found
-
-
-def page(tmp_path, body, name="page.html", **files):
-    folder = tmp_path / "in"
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(
-        f"<html><head><title>T</title></head><body>{body}</body></html>", encoding="utf-8"
-    )
-    for file, blob in {"big.png": BIG, **{k.replace("__", "."): v for k, v in files.items()}}.items():
-        (folder / file).write_bytes(blob)
-    return folder
-
-
-def dropped(tmp_path, body, **files):
-    """Drops of a page with one good image and ``body``."""
-    folder = page(tmp_path, f"<p>text</p><img src='big.png'>{body}", **files)
-    summary = import_html(folder, tmp_path / "out")
-    assert summary.documents == 1
-    return summary.images, dict(summary.dropped)
-
-
-def test_html_keeps_text_and_images_in_order(tmp_path):
-    second = picture(9, (64, 64))
-    folder = page(
-        tmp_path,
-        """<h1>Head<em>ing</em></h1><p>One &amp; <b>two</b>
-        lines<br>three</p><!-- no --><p><img src="big.png"> beside <a href="x.html">a link</a></p>
-        <ul><li>a</li><li>b</li></ul><div>loose<p>nested</p>tail</div><script>no()</script>
-        <table><tr><td>c1</td><td>c2</td></tr></table><img src="sub%20dir/b.png"/>end""",
-    )
-    (folder / "sub dir").mkdir()
-    (folder / "sub dir" / "b.png").write_bytes(second)
-    summary = import_html(folder, tmp_path / "out")
-    assert summary.as_dict() == {"documents": 1, "images": 2, "dropped": {}}
-    text = ["Heading", "One & two lines", "three", BIG, "beside a link", "a", "b", "loose", "nested", "tail"]
-    expected = [*text, "c1", "c2", second, "end"]
-    assert read(tmp_path / "out") == {"page": [x if isinstance(x, bytes) else x + "\n" for x in expected]}
-
-
-def test_html_drops_navigation_and_icons(tmp_path):
-    links = "".join(f"<li><a href='{i}'>chapter {i}</a></li>" for i in range(5))
-    body = f"""<nav>N<img src="big.png"></nav><div class="navheader">H<img src="big.png"></div>
-    <footer>F</footer><header>G</header><ul>{links}</ul><div id="sidebar">S</div>
-    <div role="navigation">R</div><img src="icon.png"><p class="canvas">kept</p>"""
-    images, drops = dropped(tmp_path, body, icon__png=picture(1, (63, 200)))
-    assert images == 1
-    assert drops == {"image in navigation": 2, "icon": 1}
-    assert read(tmp_path / "out")["page"] == ["text\n", BIG, "kept\n"]
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("http://localhost/a.png", "image on the network"),
-        ("https://localhost/a.png", "image on the network"),
-        ("//localhost/a.png", "image on the network"),
-        ("ftp://localhost/a.png", "image on the network"),
-        ("file:///etc/passwd", "image outside the folder"),
-        ("/etc/passwd", "image outside the folder"),
-        ("../secret.png", "image outside the folder"),
-        ("a/../../secret.png", "image outside the folder"),
-        ("%2e%2e/secret.png", "image outside the folder"),
-        ("link.png", "image outside the folder"),
-        ("linked/secret.png", "image outside the folder"),
-        ("loop.png", "image is missing"),
-        ("none.png", "image is missing"),
-        ("a%00b.png", "image is missing"),
-        ("x" * 5000, "image is missing"),
-        ("pipe.png", "image is missing"),
-        (".", "image is missing"),
-        ("", "image without an address"),
-        ("http://[", "image without an address"),
-        ("data:image/png;base64,AAAA", "image inside the page"),
-        ("cut.jpg", "image cannot be read"),
-        ("text.png", "image cannot be read"),
-        ("huge.png", "image is too large"),
-        ("drawing.svg", "image cannot be read"),
-    ],
-)
-def test_html_reads_nothing_outside_and_counts_what_it_leaves(tmp_path, monkeypatch, source, reason):
-    def refuse(*_):
-        raise AssertionError("the network was touched")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    (tmp_path / "secret.png").write_bytes(BIG)
-    folder = page(tmp_path, "")
-    os.symlink(tmp_path / "secret.png", folder / "link.png")
-    os.symlink(tmp_path, folder / "linked")
-    os.symlink(folder / "loop.png", folder / "loop.png")
-    os.mkfifo(folder / "pipe.png")
-    files = {"cut__jpg": cut_jpeg(), "text__png": b"text", "huge__png": huge_png(), "drawing__svg": b"<svg/>"}
-    assert dropped(tmp_path, f'<img src="{source}">', **files) == (1, {reason: 1})
-
-
-def test_html_pages_outside_without_images_and_broken_ones_are_counted(tmp_path):
-    (tmp_path / "outside.html").write_text("<img src='big.png'>")
-    folder = page(tmp_path, "<img src='big.png'>")
-    os.symlink(tmp_path / "outside.html", folder / "linked.html")
-    (folder / "plain.html").write_text("<p>only text")
-    (folder / "binary.htm").write_bytes(bytes(range(256)) * 50)
-    (folder / "deep.html").write_text("<div>" * 20_000 + "<img src='big.png'>")
-    (folder / "folder.html").mkdir()
-    (folder / "base.html").write_text("<base href='http://localhost/'><img src='big.png'>")
-    (folder / "bad.html").write_text("<base href='http://['><img src='big.png'>")
-    summary = import_html(folder, tmp_path / "out")
-    assert summary.as_dict() == {
-        "documents": 2,
-        "images": 2,
-        "dropped": {
-            "image on the network": 1,
-            "image without an address": 1,
-            "page outside the folder": 1,
-            "page without an image": 4,
-        },
-    }
-
-
-def test_html_keys_are_fit_and_unique(tmp_path):
-    folder = page(tmp_path, "<img src='big.png'>", "a.b.html")
-    (folder / "a_b.html").write_text("<img src='big.png'>")
-    (folder / "ünïcode.html").write_text("<img src='big.png'>")
-    (folder / "sub").mkdir()
-    (folder / "sub" / "a.html").write_text("<img src='../big.png'>")
-    import_html(folder, tmp_path / "out")
-    assert sorted(read(tmp_path / "out")) == ["_n_code", "a_b", "a_b-2", "sub_a"]
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
@@ -226,7 +89,7 @@ def import_lines(tmp_path, records, run=import_mmc4, **kwargs):
     lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
     (folder / "docs.jsonl").write_text("\n".join(lines), encoding="utf-8")
     summary = run(folder, tmp_path / "out", **kwargs)
-    return summary, read(tmp_path / "out")
+    return summary, read_corpus(tmp_path / "out")
 
 
 def test_mmc4_puts_each_image_beside_its_sentence(tmp_path):
@@ -340,7 +203,7 @@ def test_mmc4_from_zip_gz_tar_and_images_beside(tmp_path):
     members = [("k1.json", json.dumps(bare).encode()), *((f"k1.{n}.jpg", picture(n)) for n in range(3))]
     write_tar(folder / "d.tar", [*members, ("k2.json", b"{"), ("../k3.json", b"{}")])
     summary = import_mmc4(folder, tmp_path / "out")
-    assert sorted(read(tmp_path / "out")) == ["a-1", "b-1", "c-1", "k1"]
+    assert sorted(read_corpus(tmp_path / "out")) == ["a-1", "b-1", "c-1", "k1"]
     assert summary.images == 12
     assert summary.dropped == {"json cannot be read": 1, "member name points outside the shard": 1}
 
@@ -415,7 +278,7 @@ def test_obelics_from_parquet(tmp_path):
     )
     parquet.write_table(table, folder / "a.parquet")
     summary = import_obelics(folder, tmp_path / "out")
-    assert read(tmp_path / "out") == {"a-1": ["t\n", BIG]}
+    assert read_corpus(tmp_path / "out") == {"a-1": ["t\n", BIG]}
     assert summary.dropped == {"image cannot be read": 1, "document without an image": 1}
     (folder / "a.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="a.parquet: not a Parquet file"):
@@ -441,7 +304,7 @@ def test_pairs_in_the_layout_of_img2dataset(tmp_path):
         ],
     )
     summary = import_pairs(folder, tmp_path / "out")
-    assert read(tmp_path / "out") == {"0": [photo(), "a caption"], "1": [photo(), "from json"]}
+    assert read_corpus(tmp_path / "out") == {"0": [photo(), "a caption"], "1": [photo(), "from json"]}
     assert summary.dropped == {
         "image cannot be read": 1,
         "pair without an image": 1,
@@ -485,7 +348,10 @@ def test_imported_pairs_train(tmp_path):
 
 
 def test_commands_end_with_a_summary_and_json_on_request(tmp_path):
-    folder = page(tmp_path, "<p>hello</p><img src='big.png'><img src='none.png'>")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "page.html").write_text("<p>hello</p><img src='big.png'><img src='none.png'>")
+    (folder / "big.png").write_bytes(BIG)
     run = RUN.invoke(app, ["import-html", str(folder), "--out", str(tmp_path / "a"), "--json"])
     assert run.exit_code == 0
     assert json.loads(run.stdout) == {"documents": 1, "images": 1, "dropped": {"image is missing": 1}}
