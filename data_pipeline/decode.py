@@ -25,6 +25,7 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from data_pipeline.errors import BadSample, SettingsError
+from data_pipeline.views import CENTER, View
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 DECODERS = ("auto", "pillow", "turbo")
@@ -67,27 +68,29 @@ class Decoder:
         self.fingerprint = ", ".join([self.name, *versions])
         self._own = threading.local()
 
-    def squares(self, blob: bytes, out: Sequence[np.ndarray]) -> None:
-        """Decode once and write the largest square in the middle at every size asked for.
+    def squares(self, blob: bytes, out: Sequence[np.ndarray], view: View = CENTER) -> None:
+        """Decode once and write a square at every size asked for.
 
         Args:
             blob: an image file.
             out: uint8 [3, size, size] each, RGB; filled.
+            view: which square; by default the largest in the middle.
 
         Raises:
             BadSample: when it cannot be decoded to the end, or has more than ``max_pixels``.
         """
         target = max(square.shape[-1] for square in out)
+        target = math.ceil(target / view.side)  # of the whole picture: what it is reduced to
         pixels = self._turbo(blob, target) if self.name == "turbo" and blob[:2] == b"\xff\xd8" else None
         if pixels is None:
             image, reduced = self._pillow(blob, target)
             for square in out:
                 way = Image.Resampling.BOX if reduced else Image.Resampling.BICUBIC
-                _planes(np.asarray(_square(image, square.shape[-1], way)), square)
+                _planes(np.asarray(_square(image, square.shape[-1], way, view)), square, view)
             return
         for square in out:
             size = square.shape[-1]
-            _resize_turbo(pixels, square, self._scratch((size, size, 3), "square"))
+            _resize_turbo(pixels, square, self._scratch((size, size, 3), "square"), view)
 
     def _scratch(self, shape: tuple[int, ...], name: str) -> np.ndarray:
         """Memory of this thread, used again and again: fresh pages cost as much as a resize."""
@@ -170,11 +173,10 @@ def _upright(image: Image.Image) -> Image.Image:
         raise BadSample("image cannot be read", str(error)) from None
 
 
-def _square(image: Image.Image, size: int, way: Image.Resampling) -> Image.Image:
-    if image.size == (size, size):
+def _square(image: Image.Image, size: int, way: Image.Resampling, view: View = CENTER) -> Image.Image:
+    left, top, side = view.box(*image.size)
+    if image.size == (size, size) and side == size:
         return image
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
     return image.resize((size, size), way, box=(left, top, left + side, top + side))
 
 
@@ -206,17 +208,18 @@ def _libjpeg() -> str:
     return str(features.version("libjpeg_turbo") or features.version("jpg"))
 
 
-def _resize_turbo(pixels: np.ndarray, out: np.ndarray, room: np.ndarray) -> None:
+def _resize_turbo(pixels: np.ndarray, out: np.ndarray, room: np.ndarray, view: View) -> None:
     cv2, _ = _turbo()
     size = out.shape[-1]
     height, width, _ = pixels.shape
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    left, top, side = map(int, view.box(width, height))
     square = pixels[top : top + side, left : left + side]
     if side != size:
         way = cv2.INTER_AREA if side >= OVERSIZE * size else cv2.INTER_LINEAR
         way = way if side > size else cv2.INTER_CUBIC
         square = cv2.resize(square, (size, size), dst=room, interpolation=way)
+    if view.mirrored:
+        square = cv2.flip(square, 1)
     cv2.split(square, [out[0], out[1], out[2]])
 
 
@@ -250,5 +253,5 @@ def _orientation(blob: bytes) -> int:
     return 1
 
 
-def _planes(pixels: np.ndarray, out: np.ndarray) -> None:
-    out[...] = pixels.transpose(2, 0, 1)
+def _planes(pixels: np.ndarray, out: np.ndarray, view: View) -> None:
+    out[...] = pixels[:, :: -1 if view.mirrored else 1].transpose(2, 0, 1)

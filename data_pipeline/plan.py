@@ -6,22 +6,15 @@ computed on its own, on any machine.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from dataclasses import dataclass
 
 import numpy as np
 
 from data_pipeline.index import IMAGE
+from data_pipeline.keys import keyed
 
 SAMPLE_BITS = 39
 """A sample's id is ``source << SAMPLE_BITS | its number in the source``."""
-
-
-def keyed(*key: int) -> int:
-    """64 bits that look random and depend on the key alone."""
-    packed = struct.pack(f"<{len(key)}q", *key)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
 def permuted(index: int, count: int, *key: int) -> int:
@@ -79,6 +72,7 @@ class Part:
         images: images in it.
         length: tokens, BOS and EOS included.
         last: it ends the document, with EOS.
+        view: key of the random views of its images (``views.view_of``), None for the plain ones.
     """
 
     source: int
@@ -89,6 +83,7 @@ class Part:
     images: int
     length: int
     last: bool
+    view: int | None = None
 
 
 def split_document(
@@ -150,8 +145,9 @@ def parts_of(
     image_tokens: int,
     max_images: int | None,
     flipped: bool = False,
+    view: int | None = None,
 ) -> list[Part]:
-    """The parts of a document; the arguments are those of ``split_document``."""
+    """The parts of a document; the arguments are those of ``split_document`` and fields of ``Part``."""
     order = pieces[::-1] if flipped else pieces
     divided = split_document(order, room, image_tokens, max_images)
     parts, first = [], 0
@@ -159,6 +155,6 @@ def parts_of(
         images = sum(order[segment.piece] == IMAGE for segment in segments)
         last = index == len(divided) - 1
         length = 1 + sum(segment.stop - segment.start for segment in segments) + last
-        parts.append(Part(source, number, flipped, tuple(segments), first, images, length, last))
+        parts.append(Part(source, number, flipped, tuple(segments), first, images, length, last, view))
         first += images
     return parts

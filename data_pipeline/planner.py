@@ -17,14 +17,16 @@ import numpy as np
 
 from data_pipeline.corpus import Corpus, Source
 from data_pipeline.errors import DataError, ResumeError
+from data_pipeline.keys import keyed
 from data_pipeline.mix import next_source
 from data_pipeline.pack import pack
-from data_pipeline.plan import Part, keyed, parts_of, permuted, shuffled
+from data_pipeline.plan import Part, parts_of, permuted, shuffled
 from data_pipeline.settings import DataSettings, whole_weights
+from data_pipeline.views import is_random
 
-ORDER, FLIP, ROWS, VALIDATION, SHARDS = range(5)
+ORDER, FLIP, ROWS, VALIDATION, SHARDS, VIEW = range(6)
 """What a keyed choice is for: order of documents, side of a pair's image, order of rows, validation,
-order of shards."""
+order of shards, views of a document's images."""
 
 
 class Order:
@@ -171,12 +173,22 @@ class Planner:
         """The parts of a source's ``draw``-th sample: each pass over the source has its own order."""
         order = self.orders[source]
         epoch, index = divmod(draw, order.documents)
-        return self.parts(source, order.number(epoch, index), epoch)
+        return self.parts(source, order.number(epoch, index), epoch, random_views=True)
 
-    def parts(self, source: int, number: int, epoch: int) -> list[Part]:
-        """The parts of a document as it is seen in a pass over its source."""
+    def parts(self, source: int, number: int, epoch: int, random_views: bool = False) -> list[Part]:
+        """The parts of a document as it is seen in a pass over its source.
+
+        Args:
+            source, number: of the document.
+            epoch: the pass.
+            random_views: whether its images are cropped and mirrored as the source's settings say; for
+                validation they are not.
+        """
         corpus = self.corpus.sources[source]
         pair = corpus.settings.kind == "pairs"
+        view = None
+        if random_views and is_random(corpus.settings):
+            view = keyed(self.settings.seed, VIEW, source, epoch, number) >> 1  # a key has 63 bits
         flipped = pair and keyed(self.settings.seed, FLIP, source, epoch, number) & 1 == 1
         return parts_of(
             corpus.entry(number).pieces,
@@ -186,6 +198,7 @@ class Planner:
             image_tokens=self.settings.image_tokens,
             max_images=self.settings.max_images_per_row,
             flipped=flipped,
+            view=view,
         )
 
     def pack(self, parts: list[Part]) -> list[list[Part]]:

@@ -22,6 +22,7 @@ from data_pipeline.state import pixel_sums, row_checksums
 from data_pipeline.storage import Range, Storage
 from data_pipeline.task import Address, Produced, Task
 from data_pipeline.tokens import Tokenizer
+from data_pipeline.views import CENTER, View, view_of
 
 Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 """Makes an array of a shape and dtype whose values do not matter: ``numpy.empty``, or shared memory."""
@@ -32,7 +33,8 @@ class Slot:
     """One part of a document in a row: its tokens and image files.
 
     ``length`` tokens are its place in the row, whatever becomes of it; ``sample`` and ``source`` as
-    in ``Batch``; ``first_image`` images of the document come before it; ``failure`` masks it.
+    in ``Batch``; ``first_image`` images of the document come before it; ``failure`` masks it; ``view`` as
+    in ``Part``.
     """
 
     length: int
@@ -43,6 +45,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list)
     images: list[bytes] = field(default_factory=list)
     failure: BadSample | None = None
+    view: int | None = None
 
     @classmethod
     def padding(cls, length: int) -> Slot:
@@ -162,7 +165,7 @@ class Producer:
     def _slot(self, address: Address, blobs: list[bytes | BadSample]) -> Slot:
         part = address.part
         sample = sample_id(part.source, part.number)
-        slot = Slot(part.length, part.source, sample, part.first_image, address.pair)
+        slot = Slot(part.length, part.source, sample, part.first_image, address.pair, view=part.view)
         try:
             self._fill(address, slot, blobs)
         except BadSample as failure:
@@ -214,7 +217,7 @@ class Producer:
             try:
                 for number, (blob, draw) in enumerate(zip(slot.images, draws, strict=True)):
                     out = [images[small + number]] + ([drawn[filled]] if draw else [])
-                    self.decoder.squares(blob, out)
+                    self.decoder.squares(blob, out, self._view(slot, number))
                     sums[0][small + number] = pixel_sums(out[0])  # while it is in the CPU's cache
                     if draw:
                         sums[1][filled] = pixel_sums(out[1])
@@ -226,6 +229,12 @@ class Producer:
             ids += range(first, first + len(slot.images))
             large = filled
         return Pictures(images[: len(ids)], drawn[:large], ids, (sums[0][: len(ids)], sums[1][:large]))
+
+    def _view(self, slot: Slot, number: int) -> View:
+        """What is taken of an image of a slot."""
+        if slot.view is None:
+            return CENTER
+        return view_of(self.settings.sources[slot.source], slot.view, slot.first_image + number)
 
     def _tokens(self, slots: list[Slot]) -> np.ndarray:
         pad = self.tokenizer.special.pad

@@ -9,6 +9,7 @@ from fractions import Fraction
 from data_pipeline.errors import SettingsError
 
 KINDS = ("interleaved", "pairs")
+CROPS = ("center", "random")
 EXECUTORS = ("inline", "threads", "processes", "ray")
 CHANGES = ("manifest", "tokenizer", "decoder", "settings", "weights")
 """What ``accept_changes`` may name."""
@@ -28,12 +29,20 @@ class SourceSettings:
         weight: its share of the samples, relative to the other sources; above 0.
         kind: ``interleaved``, documents as they stand, or ``pairs``, one image and its caption: the
             image comes before or after its text with p = 0.5, and text before it is not predicted.
+        crop: what is taken of a picture: ``center``, the largest square in the middle, or ``random``, one
+            anywhere, another in each pass over the source.
+        crop_scale: with ``random``, the least area of the square, a share of the largest one's.
+        flip: probability that a document's pictures are mirrored, all of them together. Not for a source
+            whose texts speak of left and right, or give coordinates.
     """
 
     name: str = ""
     path: str = ""
     weight: float = 1.0
     kind: str = "interleaved"
+    crop: str = "center"
+    crop_scale: float = 1.0
+    flip: float = 0.0
 
 
 @dataclass
@@ -139,6 +148,12 @@ def check_settings(settings: DataSettings) -> None:
             raise SettingsError(f"{where}.kind: must be one of {', '.join(KINDS)}, got {source.kind!r}")
         if not 0 < source.weight < float("inf"):
             raise SettingsError(f"{where}.weight: must be above 0, got {source.weight}")
+        if source.crop not in CROPS:
+            raise SettingsError(f"{where}.crop: must be one of {', '.join(CROPS)}, got {source.crop!r}")
+        if not 0 < source.crop_scale <= 1:
+            raise SettingsError(f"{where}.crop_scale: must be above 0 and at most 1, got {source.crop_scale}")
+        if not 0 <= source.flip <= 1:
+            raise SettingsError(f"{where}.flip: must be from 0 to 1, got {source.flip}")
     _check_service(settings)
     counts = ("image_tokens", "image_size", "drawn_size", "window", "max_pixels", "workers", "prefetch")
     for name in (*counts, "shuffle_shards"):

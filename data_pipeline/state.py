@@ -19,7 +19,8 @@ import numpy as np
 
 from data_pipeline.batch import PADDING, Batch
 from data_pipeline.errors import ResumeError
-from data_pipeline.settings import DataSettings
+from data_pipeline.settings import DataSettings, SourceSettings
+from data_pipeline.views import is_random
 
 SCHEMA = 3
 FIXED = (
@@ -39,8 +40,14 @@ FIXED = (
 
 def fixed_settings(settings: DataSettings, split: str) -> dict[str, Any]:
     """The settings that a position depends on, as JSON values."""
-    sources = [[source.name, source.kind] for source in settings.sources]
+    sources = [_fixed_source(source) for source in settings.sources]
     return {"sources": sources, "split": split, **{name: getattr(settings, name) for name in FIXED}}
+
+
+def _fixed_source(source: SourceSettings) -> list[Any]:
+    """Name and kind, and how its pictures are seen where that is not the plain view."""
+    views = {"crop": source.crop, "crop_scale": source.crop_scale, "flip": source.flip}
+    return [source.name, source.kind, *([views] if is_random(source) else [])]
 
 
 def check_state(saved: Any, own: dict[str, Any], accept: Collection[str] = ()) -> None:
@@ -55,7 +62,11 @@ def check_state(saved: Any, own: dict[str, Any], accept: Collection[str] = ()) -
         ResumeError: naming everything else that has, and the setting that accepts it.
     """
     if not isinstance(saved, dict) or saved.get("schema") != SCHEMA or own.keys() != saved.keys():
-        raise ResumeError("data position: not one this version can read")
+        found = saved.get("schema") if isinstance(saved, dict) else None
+        raise ResumeError(
+            f"data position: not one this version can read (schema {found!r}, this one reads {SCHEMA}); "
+            "resume with the version that wrote it"
+        )
     changed: dict[str, list[str]] = {}
     changed["settings"] = [
         f"data.{name} was {saved['settings'].get(name)!r}, now {value!r}"

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from data_pipeline.balance import balance, row_cost
 from data_pipeline.errors import SettingsError
 from data_pipeline.index import IMAGE
+from data_pipeline.keys import keyed
 from data_pipeline.mix import next_source
 from data_pipeline.pack import pack
-from data_pipeline.plan import Part, keyed, parts_of, permuted, split_document
+from data_pipeline.plan import Part, parts_of, permuted, split_document
 from data_pipeline.planner import Order
 from data_pipeline.settings import DataSettings, SourceSettings, check_settings, whole_weights
 
