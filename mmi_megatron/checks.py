@@ -26,6 +26,7 @@ CHOICES = {
     "model.decoder.references": ("all", "nearest"),
     "model.decoder.target": ("epsilon", "v"),
     "model.decoder.beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+    "parallel.mmfs": ("heads", "queries"),
     "optimizer.schedule": ("cosine", "linear", "constant"),
     "train.precision": ("fp32", "bf16"),
     "train.recompute.language": ("none", "selective", "full"),
@@ -45,6 +46,7 @@ AT_LEAST = {
     "parallel.pipeline": 1,
     "parallel.virtual": 1,
     "parallel.bucket": 0,
+    "parallel.optimizer_copies": 1,
     "parallel.context": 1,
     "optimizer.lr": 0,
     "optimizer.decoder_lr": 0,
@@ -233,6 +235,16 @@ def _check_parallel(config: Config) -> None:
                 "parallel.sequence: there is nothing to divide over at parallel.tensor=1; set it to false"
             )
         _divides("data.context_length", config.data.context_length, "parallel.tensor", parallel.tensor)
+    if parallel.mmfs == "queries" and not parallel.sequence:
+        raise ConfigError(
+            "parallel.mmfs: queries can be left in place only where they are divided; set "
+            "parallel.sequence=true, or parallel.mmfs=heads"
+        )
+    if parallel.vision_ahead and (parallel.pipeline == 1 or parallel.virtual > 1):
+        raise ConfigError(
+            "parallel.vision_ahead: only the first stage of a pipeline with one stage a rank waits at a "
+            f"known place; got parallel.pipeline={parallel.pipeline}, parallel.virtual={parallel.virtual}"
+        )
     divided = ["heads", "kv_heads", "ffn", "vocabulary_multiple"]
     if language.mmfs.kind != "none":
         divided.append("mmfs.heads")

@@ -235,11 +235,20 @@ class ParallelConfig:
             Empty divides them evenly.
         context: context parallelism, which needs TransformerEngine.
         sequence: divide norms and residuals over the tensor-parallel group too.
+        mmfs: what the tensor-parallel ranks divide among themselves of the language model's MMFS:
+            ``heads``, which costs no memory; or, with ``sequence``, ``queries``, which sends the images'
+            values instead of queries and outputs, but holds most of MMFS on every rank.
         shard_images: divide the images of a micro-batch over the tensor-parallel group for the visual
             tokenizer and the image decoder.
+        vision_ahead: with a pipeline, run the visual tokenizer on the images of the next micro-batch
+            while the first stage would wait for the second; takes the memory of one more micro-batch
+            in the tokenizer.
         overlap: reduce gradients while the backward pass still runs, and gather parameters while the
             forward pass already does.
         bucket: parameters of one such exchange, 0 for Megatron's choice.
+        optimizer_copies: copies of the optimizer's state and main parameters, each divided over the
+            replicas that share it (on one machine, say). As many as there are replicas is data
+            parallelism without a distributed optimizer.
     """
 
     tensor: int = 1
@@ -248,9 +257,12 @@ class ParallelConfig:
     stages: list[int] = field(default_factory=list)
     context: int = 1
     sequence: bool = False
+    mmfs: str = "heads"
     shard_images: bool = True
+    vision_ahead: bool = False
     overlap: bool = True
     bucket: int = 0
+    optimizer_copies: int = 1
 
 
 @dataclass

@@ -233,6 +233,13 @@ def test_wrong_names_and_types(override, expected):
         (["parallel.virtual=2"], ["parallel.virtual", "parallel.pipeline=1"]),
         (["parallel.context=2"], ["parallel.context", "TransformerEngine"]),
         (["parallel.tensor=1", "parallel.sequence=true"], ["parallel.sequence", "parallel.tensor=1"]),
+        (["parallel.mmfs=images"], ["parallel.mmfs", "heads, queries", "'images'"]),
+        (["parallel.mmfs=queries"], ["parallel.mmfs", "parallel.sequence=true"]),
+        (["parallel.vision_ahead=true"], ["parallel.vision_ahead", "parallel.pipeline=1"]),
+        (
+            ["parallel.vision_ahead=true", "parallel.pipeline=2", "parallel.virtual=2"],
+            ["parallel.vision_ahead", "parallel.virtual=2"],
+        ),
         (
             ["parallel.sequence=true", "data.context_length=161"],
             ["data.context_length", "parallel.tensor, 2"],

@@ -54,7 +54,7 @@ def deliveries(config, tensor: int, pipeline: int, state: dict | None = None):
             assert all(torch.is_tensor(item.images) for item in inputs)
             steps.append((arrays, delivered.note))
         validation = delivery.validation("stories")
-        sample = delivery.heldout(2)
+        sample = delivery.heldout(2, pad=2)
         state = delivery.state()
         delivery.close()
         return {
@@ -123,3 +123,20 @@ def test_another_layout_goes_on_where_one_stopped(config, world):
             own = rank["steps"][step][1]
             found |= dict(zip(own["rows"], own["checksums"], strict=True))
         assert found == dict(zip(note["rows"], note["checksums"], strict=True))
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 7])
+def test_padding_to_a_multiple_is_a_row_of_its_own(multiple):
+    from data_pipeline.batch import IGNORED, PADDING
+    from mmi_megatron.train.delivery import padded
+    from tests.samples import SPECIAL, random_batch
+
+    batch = random_batch(1, length=61)
+    filled = padded(batch, multiple, SPECIAL.pad)
+    filled.validate()
+    length = len(batch.tokens)
+    assert len(filled.tokens) % multiple == 0 and len(filled.tokens) - length < multiple
+    assert (filled.tokens[:length] == batch.tokens).all() and (filled.tokens[length:] == SPECIAL.pad).all()
+    assert (filled.labels[length:] == IGNORED).all()
+    if len(filled.tokens) > length:
+        assert filled.source[-1] == PADDING and filled.row_starts[-2] == length

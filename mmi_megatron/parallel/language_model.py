@@ -45,9 +45,11 @@ class ShardedLanguageModel(MegatronModule):
         boi: int,
         image: int,
         stage: Stage,
+        mmfs_divide: str = "heads",
     ):
         super().__init__(config=config)
         self.boi, self.image, self.stage = boi, image, stage
+        self.mmfs_divide = mmfs_divide
         self.select = LevelSelect(language, shapes)
         language, shapes = self.select.inner
         self.language, self.maps_width, self.shapes = language, maps_width, shapes
@@ -59,7 +61,7 @@ class ShardedLanguageModel(MegatronModule):
             )
         self.decoder = TransformerBlock(
             config,
-            block_spec(language, maps_width, shapes, stage.layers),
+            block_spec(language, maps_width, shapes, stage.layers, mmfs_divide),
             post_process=stage.last,
             vp_stage=stage.index // config.pipeline_model_parallel_size,
         )

@@ -39,18 +39,23 @@ class ShardedMMInterleaved(MMInterleaved):
         shapes: (height, width) of the maps' levels.
         ready: called with a part before its parameters are read other than through Megatron's hooks;
             ``train.optimizer.wrap`` lets it wait for parameters that are still being gathered.
+        vision_ahead: whether the schedule calls ``run_ahead`` where this is the first of several stages.
     """
 
     model_type = ModelType.encoder_or_decoder
     share_embeddings_and_output_weights = False
 
-    def __init__(self, *arguments, stage: Stage, shapes: payload.Shapes, **options):
+    def __init__(
+        self, *arguments, stage: Stage, shapes: payload.Shapes, vision_ahead: bool = False, **options
+    ):
         super().__init__(*arguments, **options)
         self.stage, self.shapes = stage, shapes
         self.vp_stage = stage.index // self.config.pipeline_model_parallel_size
         self.pre_process = stage.first
         self.ready: Callable[[nn.Module], None] = lambda part: None
+        self.vision_ahead = vision_ahead
         self._payload: Tensor | None = None
+        self._ahead: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor]) -> None:
         """Called by the schedule with the payload of the stage before."""
@@ -101,6 +106,17 @@ class ShardedMMInterleaved(MMInterleaved):
         if self.language_model.image_tokens is not None:
             self.ready(self.language_model.image_tokens)
         return super().embed(inputs)
+
+    def run_ahead(self, inputs: Inputs) -> None:
+        """Tokenize the images of the micro-batch that comes next."""
+        self._ahead = inputs.images, super().encode(inputs.images)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``MMInterleaved.encode``; what ``run_ahead`` has made of these images is taken from there."""
+        if self._ahead is None or self._ahead[0] is not images:
+            return super().encode(images)
+        (_, encoded), self._ahead = self._ahead, None
+        return encoded
 
     def losses(self, inputs: Inputs, hidden: Tensor, maps: Tensor, seed: int, step: int) -> Losses:
         """See ``MMInterleaved.losses``."""
@@ -161,11 +177,26 @@ def _build_stage(
             torch.manual_seed(seed + 1)
             decoder = ImageDecoder(model.decoder, model.language.width, model.vision.width, shapes)
     language = ShardedLanguageModel(
-        transformer, model.language, model.vision.width, shapes, special.boi, special.image, stage
+        transformer,
+        model.language,
+        model.vision.width,
+        shapes,
+        special.boi,
+        special.image,
+        stage,
+        config.parallel.mmfs,
     )
     initialise(language, seed)
     images: Images = TensorParallelImages() if config.parallel.shard_images else ReplicatedImages()
     whole = ShardedMMInterleaved(
-        model, language, tokenizer, decoder, images, config.train.recompute, stage=stage, shapes=shapes
+        model,
+        language,
+        tokenizer,
+        decoder,
+        images,
+        config.train.recompute,
+        stage=stage,
+        shapes=shapes,
+        vision_ahead=config.parallel.vision_ahead,
     )
     return whole.to(device=device(), dtype=parameter_dtype(config.train.precision))

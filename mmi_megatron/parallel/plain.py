@@ -75,8 +75,14 @@ def _gated(prefix: str) -> Rule:
     return Rule((f"{prefix}gate_proj.weight", f"{prefix}up_proj.weight"), join, part)
 
 
-def layer_rules(config: LanguageConfig, mmfs: bool) -> dict[str, Rule]:
-    """Rules of one layer: the sharded parameter's name to its rule."""
+def layer_rules(config: LanguageConfig, mmfs: bool, divide: str = "heads") -> dict[str, Rule]:
+    """Rules of one layer: the sharded parameter's name to its rule.
+
+    Args:
+        config: of the language model.
+        mmfs: whether the layer holds MMFS.
+        divide: what of MMFS is divided, see ``ShardedMMFS``.
+    """
     rules = {
         "input_layernorm.weight": _whole("input_layernorm.weight"),
         "self_attention.linear_qkv.weight": _qkv("self_attn.", config),
@@ -89,17 +95,21 @@ def layer_rules(config: LanguageConfig, mmfs: bool) -> dict[str, Rule]:
         rules["self_attention.linear_qkv.bias"] = _qkv("self_attn.", config, "bias")
     if mmfs:
         source, target = "mmfs.attention.", "cross_attention."
+
+        def of_queries(name: str, dim: int) -> Rule:
+            return _split(name, dim) if divide == "heads" else _whole(name)
+
         rules |= {
             "cross_attn_bda.gate": _whole("mmfs.gate"),
             "pre_cross_attn_layernorm.weight": _whole("mmfs.norm_query.weight"),
             target + "norm_maps.weight": _whole("mmfs.norm_maps.weight"),
-            target + "query_proj.weight": _split(source + "query_proj.weight", 0),
-            target + "query_proj.bias": _split(source + "query_proj.bias", 0),
-            target + "table": _split(source + "table.weight", 1),
+            target + "query_proj.weight": of_queries(source + "query_proj.weight", 0),
+            target + "query_proj.bias": of_queries(source + "query_proj.bias", 0),
+            target + "table": of_queries(source + "table.weight", 1),
             target + "value_proj.weight": _split(source + "value_proj.weight", 0),
             target + "value_proj.bias": _split(source + "value_proj.bias", 0),
-            target + "sink_value": _split(source + "sink_value", 0),
-            target + "output_proj.weight": _split(source + "output_proj.weight", 1),
+            target + "sink_value": of_queries(source + "sink_value", 0),
+            target + "output_proj.weight": of_queries(source + "output_proj.weight", 1),
             target + "output_proj.bias": _whole(source + "output_proj.bias"),
         }
         if config.mmfs.kind == "dense":
@@ -109,8 +119,8 @@ def layer_rules(config: LanguageConfig, mmfs: bool) -> dict[str, Rule]:
             }
         else:
             for name in ("offsets", "logits"):
-                rules[f"{target}{name}_weight"] = _split(f"{source}{name}.weight", 1)
-                rules[f"{target}{name}_bias"] = _split(f"{source}{name}.bias", 0)
+                rules[f"{target}{name}_weight"] = of_queries(f"{source}{name}.weight", 1)
+                rules[f"{target}{name}_bias"] = of_queries(f"{source}{name}.bias", 0)
     return rules
 
 
@@ -133,7 +143,7 @@ def _parts(model: ShardedLanguageModel) -> Iterator[tuple[str, str, dict[str, Ru
     """Prefix in this rank's and in the plain model, and the rules there."""
     yield "", "", outer_rules(model.language, model.stage.first, model.stage.last)
     for index, layer in enumerate(model.stage.layers):
-        rules = layer_rules(model.language, has_mmfs(model.language, layer))
+        rules = layer_rules(model.language, has_mmfs(model.language, layer), model.mmfs_divide)
         yield f"decoder.layers.{index}.", f"layers.{layer}.", rules
 
 

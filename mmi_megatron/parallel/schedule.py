@@ -1,6 +1,7 @@
 """Micro-batches through the pipeline: Megatron's schedules over the stages of this rank.
 
-Without a pipeline it is gradient accumulation; with one, 1F1B; with several stages a rank, interleaved.
+Without a pipeline it is gradient accumulation; with one, 1F1B, in which the first stage's visual tokenizer
+may run ahead (``parallel.ahead``); with several stages a rank, interleaved.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from mmi_megatron.config import LossConfig
 from mmi_megatron.model.mm_interleaved import Inputs, Losses
+from mmi_megatron.parallel import ahead
 from mmi_megatron.parallel.model import Finish
 
 
@@ -87,7 +89,8 @@ def _run(stages: Sequence[nn.Module], inputs: Sequence[Inputs], forward, forward
     size = parallel_state.get_pipeline_model_parallel_world_size()
     if forward_only and len(stages) > 1:  # interleaving takes micro-batches in turns of `size`
         inputs = [*inputs, *[inputs[-1]] * (-given % size)]
-    feeds = [iter(inputs) for _ in stages]
+    feeds = [_Feed(inputs) for _ in stages]
+    options = {} if forward_only else _run_ahead(stages[0], feeds[0])
     results = get_forward_backward_func()(
         forward_step_func=forward,
         data_iterator=feeds if len(stages) > 1 else feeds[0],
@@ -97,8 +100,40 @@ def _run(stages: Sequence[nn.Module], inputs: Sequence[Inputs], forward, forward
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,
+        **options,
     )
     return results[:given]
+
+
+class _Feed(Iterator[Inputs]):
+    """Micro-batches in turn; ``following`` is the one that comes next, None after the last."""
+
+    def __init__(self, inputs: Sequence[Inputs]):
+        self.inputs, self.taken = inputs, 0
+
+    def __next__(self) -> Inputs:
+        if self.following is None:
+            raise StopIteration
+        self.taken += 1
+        return self.inputs[self.taken - 1]
+
+    @property
+    def following(self) -> Inputs | None:
+        return self.inputs[self.taken] if self.taken < len(self.inputs) else None
+
+
+def _run_ahead(stage: Any, feed: _Feed) -> dict[str, Any]:
+    """What lets a first stage's visual tokenizer run ahead, as options of Megatron's schedule."""
+    model = stage.module
+    if not (model.vision_ahead and model.stage.first):
+        return {}
+
+    def meanwhile() -> None:
+        if feed.following is not None:
+            model.run_ahead(feed.following)
+
+    communicator = ahead.AheadCommunicator(model.config, meanwhile)
+    return {"p2p_communicator": communicator, "pg_collection": ahead.groups()}
 
 
 def _sums(results: list[Tensor], inputs: Sequence[Inputs]) -> Tensor:

@@ -124,7 +124,9 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
-def _layer_spec(language: LanguageConfig, layer: int, maps_width: int, shapes) -> ModuleSpec:
+def _layer_spec(
+    language: LanguageConfig, layer: int, maps_width: int, shapes, mmfs_divide: str
+) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -149,16 +151,21 @@ def _layer_spec(language: LanguageConfig, layer: int, maps_width: int, shapes) -
         submodules.pre_cross_attn_layernorm = RMSNorm
         submodules.cross_attention = ModuleSpec(
             module=ShardedMMFS,
-            params={"mmfs": language.mmfs, "maps_width": maps_width, "shapes": shapes},
+            params={
+                "mmfs": language.mmfs,
+                "maps_width": maps_width,
+                "shapes": shapes,
+                "divide": mmfs_divide,
+            },
         )
         submodules.cross_attn_bda = ModuleSpec(module=GatedAdd)
     return ModuleSpec(module=TransformerLayer, submodules=submodules)
 
 
 def block_spec(
-    language: LanguageConfig, maps_width: int, shapes, layers: Iterable[int]
+    language: LanguageConfig, maps_width: int, shapes, layers: Iterable[int], mmfs_divide: str = "heads"
 ) -> TransformerBlockSubmodules:
     """Specs of some layers, counted from 0: MMFS in the cross-attention slot of every
     ``mmfs_every``-th."""
-    specs = [_layer_spec(language, layer, maps_width, shapes) for layer in layers]
+    specs = [_layer_spec(language, layer, maps_width, shapes, mmfs_divide) for layer in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)

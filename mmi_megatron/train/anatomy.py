@@ -156,7 +156,12 @@ class Anatomy:
 
     @contextmanager
     def _communication(self) -> Iterator[None]:
-        """Tell communication apart from what it is called in."""
+        """Tell communication apart from what it is called in.
+
+        Methods are replaced for the time of the step because torch has nothing else that works on every
+        backend at no cost: its completion hooks are NCCL's alone, and a dispatch mode (as
+        ``parallel.traffic.Sent``) slows down every operation of the step that is measured.
+        """
         work = torch._C._distributed_c10d.Work
         # As the classes hold them: what getattr gives would not bind again.
         plain: dict[tuple[type, str], Any] = {

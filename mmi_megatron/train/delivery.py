@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import IGNORED, PADDING, Batch
 from data_pipeline.feed import Division, Feed, Share, open_feed
 from data_pipeline.rows import SpecialTokens
 from mmi_megatron.config import Config, ModelConfig
@@ -177,11 +177,14 @@ class Delivery:
         )
         return send(self.place, batches)
 
-    def heldout(self, documents: int) -> Delivered:
-        """Held-out documents of the first source as one batch, a row each; called by every rank."""
+    def heldout(self, documents: int, pad: int) -> Delivered:
+        """Held-out documents of the first source as one batch, a row each; called by every rank. Under
+        sequence parallelism ``pad`` tokens fill it up to what the ranks can divide."""
         if self.feed is None:
             return receive(self.place)
-        return send(self.place, [self.feed.heldout(documents)])
+        parallel = self.config.parallel
+        multiple = parallel.tensor if parallel.sequence else 1
+        return send(self.place, [padded(self.feed.heldout(documents), multiple, pad)])
 
     def close(self) -> None:
         """End the workers."""
@@ -192,6 +195,23 @@ class Delivery:
         assert self.feed is not None
         share = self.feed.next()
         return share, [Upload([batch.images, batch.drawn]) for batch in share.batches]
+
+
+def padded(batch: Batch, multiple: int, pad: int) -> Batch:
+    """The batch with a row of padding at its end, if its tokens are no multiple of ``multiple``."""
+    missing = -len(batch.tokens) % multiple
+    if not missing:
+        return batch
+    total = np.int32(len(batch.tokens) + missing)
+    return replace(
+        batch,
+        tokens=np.append(batch.tokens, np.full(missing, pad, np.int32)),
+        labels=np.append(batch.labels, np.full(missing, IGNORED, np.int32)),
+        row_starts=np.append(batch.row_starts, total),
+        cu_seqlens=np.append(batch.cu_seqlens, total),
+        source=np.append(batch.source, np.int32(PADDING)),
+        sample_ids=np.append(batch.sample_ids, np.int64(PADDING)),
+    )
 
 
 def send(

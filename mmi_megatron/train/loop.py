@@ -249,7 +249,7 @@ class Trainer:
         if not self.config.model.loss.next_image or train.sample_documents == 0:
             return
         self._evaluating()
-        delivered = self.data.heldout(train.sample_documents)
+        delivered = self.data.heldout(train.sample_documents, self.tokenizer.special.pad)
         ((_, true),) = delivered.pixels
         seeds = list(range(len(true)))
         draw = partial(model.draw_from, steps=train.sample_steps, guidance=train.guidance, seeds=seeds)

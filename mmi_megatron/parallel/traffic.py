@@ -1,0 +1,241 @@
+"""Bytes that a rank sends in a training step, group by group: counted as they go, and from the sizes.
+
+Both take what the ring algorithms send, the least that n ranks can do with: of a tensor of B bytes an
+all-gather or a reduce-scatter sends (n - 1) / n B from each rank, an all-reduce twice that, a message B.
+The groups are those of ``GROUPS``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmi_megatron.config import Config
+from mmi_megatron.model.language_model import has_mmfs
+from mmi_megatron.model.mm_interleaved import Inputs
+from mmi_megatron.parallel import payload
+from mmi_megatron.parallel.model import ShardedMMInterleaved
+from mmi_megatron.platform import parameter_dtype
+
+TENSOR, PIPELINE, DATA, IMAGES, OTHER = "tensor", "pipeline", "data", "tensor x data", "other"
+GROUPS = {
+    TENSOR: "activations, and gradients of what sequence parallelism replicates",
+    PIPELINE: "payloads between stages and their gradients",
+    DATA: "gradients and parameters of the language model over its replicas",
+    IMAGES: "gradients and parameters of the modules whose images are divided over tensor parallelism",
+    OTHER: "norms, counts and checks",
+}
+"""Each group and what it sends."""
+
+
+class Sent(TorchDispatchMode):
+    """Inside, counts what this process sends; the backward pass included. For tests and measurements: it
+    sees every operation of torch, which takes time.
+
+    Attributes:
+        bytes: by group.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        groups = (
+            (TENSOR, parallel_state.get_tensor_model_parallel_group()),
+            (DATA, parallel_state.get_data_parallel_group()),
+            (DATA, parallel_state.get_data_parallel_group(with_context_parallel=True)),
+            (IMAGES, parallel_state.get_expert_data_parallel_group()),
+        )
+        self._labels = {group.group_name: label for label, group in groups}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._count(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Sequence[Any]) -> None:
+        if name in ("recv_", "recv_any_source_", "barrier", "monitored_barrier_"):
+            return
+        group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)))
+        if name == "send":
+            self.bytes[PIPELINE] += _bytes(args[0])
+            return
+        others = (group.size() - 1) / group.size()
+        if name in ("allreduce_", "allreduce_coalesced_"):
+            sent = 2 * others * _bytes(args[0])
+        elif name in ("_allgather_base_", "allgather_", "allgather_into_tensor_coalesced_"):
+            sent = others * _bytes(args[0])  # the output, whole
+        elif name in ("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "reduce_scatter_"):
+            sent = others * _bytes(args[1])  # the input, whole
+        elif name == "broadcast_":
+            sent = _bytes(args[0])
+        else:
+            raise NotImplementedError(f"how much does c10d::{name} send?")
+        self.bytes[self._labels.get(group.group_name, OTHER)] += sent
+
+
+def _bytes(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_bytes(tensor) for tensor in tensors)
+
+
+def expected(
+    config: Config, stages: Sequence[ShardedMMInterleaved], inputs: Iterable[Inputs], replicas: int
+) -> dict[str, float]:
+    """What this rank sends in a step by the sizes of its stages and of its micro-batches.
+
+    Left out is what does not grow with the model: counts, norms, checks.
+
+    Args:
+        config: of the run.
+        stages: of this rank, not wrapped.
+        inputs: its replica's micro-batches.
+        replicas: data-parallel.
+
+    Returns:
+        Bytes by group; nothing for ``OTHER``.
+    """
+    sent: Counter[str] = Counter()
+    for micro_batch in inputs:
+        for stage in stages:
+            count = _Activations(config, stage, micro_batch)
+            sent[TENSOR] += count.tensor()
+            sent[PIPELINE] += count.pipeline()
+    width = parameter_dtype(config.train.precision).itemsize
+    tensor = config.parallel.tensor
+    for stage in stages:
+        trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
+        images = [parameter for parameter in trained if not getattr(parameter, "allreduce", True)]
+        for label, ranks, whole in (
+            (DATA, replicas, _size(trained) - _size(images)),
+            (IMAGES, replicas * tensor, _size(images)),
+        ):
+            # Gradients are reduce-scattered in fp32, parameters all-gathered as they are.
+            sent[label] += (ranks - 1) / ranks * whole * (4 + width)
+        if config.parallel.sequence:
+            summed = [parameter for parameter in trained if getattr(parameter, "sequence_parallel", False)]
+            sent[TENSOR] += 2 * (tensor - 1) / tensor * 4 * _size(summed)
+    return {label: float(sent[label]) for label in (TENSOR, PIPELINE, DATA, IMAGES)}
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+class _Activations:
+    """What the forward and backward pass of one micro-batch through one stage send."""
+
+    def __init__(self, config: Config, stage: ShardedMMInterleaved, inputs: Inputs):
+        self.config, self.model, self.stage, self.inputs = config, config.model, stage, inputs
+        self.ranks = config.parallel.tensor
+        self.width = parameter_dtype(config.train.precision).itemsize
+        self.hidden = len(inputs.tokens) * self.model.language.width * self.width
+        self.positions = sum(height * width for height, width in stage.shapes)
+
+    def part(self, whole: float) -> float:
+        """An all-gather of what is ``whole`` bytes then, or a reduce-scatter of what was."""
+        return (self.ranks - 1) / self.ranks * whole
+
+    def reduce(self, whole: float) -> float:
+        """An all-reduce."""
+        return 2 * self.part(whole)
+
+    def tensor(self) -> float:
+        """Over the tensor-parallel group."""
+        stage, sent = self.stage.stage, 0.0
+        again = 2 if self.config.train.recompute.language == "full" else 1
+        for layer in stage.layers:
+            forward, backward = self._layer(has_mmfs(self.model.language, layer))
+            sent += again * forward + backward
+        if stage.first:
+            sent += self._first()
+        else:
+            sent += 2 * self.part(self.ranks * self._share(stage.start))
+        return sent + (self._last() if stage.last else 0.0)
+
+    def pipeline(self) -> float:
+        """Over the pipeline: payloads, and the three numbers of each one's shape."""
+        stage = self.stage.stage
+        borders = [] if stage.last else [stage.stop]
+        borders += [] if stage.first else [stage.start]
+        row = self.model.language.width * self.width
+        hidden = self.hidden // (self.ranks if self.config.parallel.sequence else 1)
+        return sum(hidden + -(-self._share(border) // row) * row + 3 * 8 for border in borders)
+
+    def _share(self, border: int) -> int:
+        """Bytes of the maps that this rank carries over the border before a layer."""
+        route = payload.route(self.inputs, self.model, self.stage.shapes, border)
+        return route.share * self.model.vision.width * self.width
+
+    def _layer(self, mmfs: bool) -> tuple[float, float]:
+        """Forward and backward: self-attention and MLP are each a column- and a row-parallel layer."""
+        column, row = self._column(not self.model.language.frozen), self._row()
+        forward, backward = (2 * (a + b) for a, b in zip(column, row, strict=True))
+        if mmfs:
+            of_mmfs = self._mmfs()
+            forward, backward = forward + of_mmfs[0], backward + of_mmfs[1]
+        return forward, backward
+
+    def _column(self, trained: bool = True) -> tuple[float, float]:
+        """A column-parallel layer on the hidden states. Under sequence parallelism they are gathered, once
+        more for the gradient of the weights, and their own gradient is scattered."""
+        if not self.config.parallel.sequence:
+            return 0.0, self.reduce(self.hidden)
+        return self.part(self.hidden), (1 + trained) * self.part(self.hidden)
+
+    def _row(self) -> tuple[float, float]:
+        """A row-parallel layer on the hidden states."""
+        if not self.config.parallel.sequence:
+            return self.reduce(self.hidden), 0.0
+        return self.part(self.hidden), self.part(self.hidden)
+
+    def _mmfs(self) -> tuple[float, float]:
+        """MMFS of one layer, its norm of the maps besides, whose weight's gradient is summed."""
+        mmfs, norm = self.model.language.mmfs, self.reduce(self.model.vision.width * self.width)
+        dense = mmfs.kind == "dense"
+        if self.config.parallel.mmfs == "queries":
+            positions = sum(
+                height * width
+                for level, (height, width) in enumerate(self.stage.shapes)
+                if level in mmfs.levels
+            )
+            values = len(self.inputs.images) * positions * mmfs.value_width * self.width * (1 + dense)
+            return self.part(values), self.part(values) + norm
+        (down, down_back), (up, up_back) = self._column(), self._row()
+        rows = 0 if dense else len(self.inputs.tokens) + mmfs.table_rows
+        projected = rows * mmfs.heads * mmfs.points * (2 + len(mmfs.levels)) * self.width
+        return down + up + self.part(projected), down_back + up_back + self.part(projected) + norm
+
+    def _first(self) -> float:
+        """Embeddings, which are summed and under sequence parallelism divided, and the images' tokens and
+        maps, which are gathered."""
+        sent = self.reduce(self.hidden)
+        if self.config.parallel.sequence:
+            sent += self.part(self.hidden)
+        count, vision = len(self.inputs.images), self.model.vision
+        maps = self.positions * vision.width * self.width
+        if not self.config.parallel.shard_images:
+            return sent + self.reduce(max(count, 1) * maps)
+        shares = self.ranks * max(-(-count // self.ranks), 1)
+        tokens = vision.resampler.queries * self.model.language.width * self.width
+        return sent + self.part(shares * tokens) + 2 * self.part(shares * maps)
+
+    def _last(self) -> float:
+        """The head, whose input's gradient is summed; three numbers a token of the cross-entropy; the
+        hidden states' gradient of the drawn images, and their losses."""
+        tokens, drawn = len(self.inputs.tokens), len(self.inputs.drawn)
+        sent = self.reduce(self.hidden) + 3 * self.reduce(4 * tokens)
+        if self.config.parallel.sequence:
+            sent += self.part(self.hidden)
+        if self.model.language.train_image_tokens:
+            sent += self.reduce(2 * 4 * tokens)
+        if self.config.parallel.shard_images and drawn and self.model.loss.next_image:
+            sent += self.reduce(self.hidden) + self.reduce(4 * drawn)
+        return sent
