@@ -91,6 +91,11 @@ def data_parallel_size(config: Config, ranks: int) -> int:
             f"multiple of {each} or change parallel.tensor={parallel.tensor}"
         )
     replicas = ranks // each
+    if replicas % parallel.optimizer_copies:
+        raise ConfigError(
+            f"parallel.optimizer_copies: {parallel.optimizer_copies} copies are not even among the "
+            f"{replicas} replicas that {ranks} ranks make; 1 fits any number"
+        )
     if train.rows % (replicas * train.micro_rows):
         raise ConfigError(
             f"train.rows: {train.rows} is no multiple of train.micro_rows={train.micro_rows} times the "

@@ -39,6 +39,7 @@ class Layout:
     sequence: bool = False
     shard_images: bool = True
     overlap: bool = True
+    copies: int = 1
     recompute: tuple[str, str, str] = ("none", "none", "none")
 
     @property
@@ -51,6 +52,7 @@ class Layout:
         parallel.tensor, parallel.pipeline, parallel.virtual = self.tensor, self.pipeline, self.virtual
         parallel.stages, parallel.sequence = list(self.stages), self.sequence
         parallel.shard_images, parallel.overlap, parallel.bucket = self.shard_images, self.overlap, 20_000
+        parallel.optimizer_copies = self.copies
         config.train.rows, config.train.micro_rows = ROWS, 1
         config.train.recompute = RecomputeConfig(*self.recompute)
         return config

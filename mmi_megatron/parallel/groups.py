@@ -54,6 +54,7 @@ def initialize(config: Config) -> Layout:
             config.parallel.virtual if config.parallel.virtual > 1 else None
         ),
         context_parallel_size=config.parallel.context,
+        num_distributed_optimizer_instances=config.parallel.optimizer_copies,
         # Modules whose images are divided over the tensor-parallel group are reduced over TP x DP
         # by Megatron's expert groups (train.optimizer.mark_image_parallel).
         expert_tensor_parallel_size=1,

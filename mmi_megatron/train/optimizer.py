@@ -88,6 +88,7 @@ def wrap_stages(stages: Sequence[nn.Module], config: Config) -> list[Distributed
             # The distributed optimizer also at one replica: its checkpoints and those of the plain one
             # do not interchange.
             use_distributed_optimizer=True,
+            num_distributed_optimizer_instances=config.parallel.optimizer_copies,
             overlap_grad_reduce=config.parallel.overlap,
             overlap_param_gather=config.parallel.overlap,
             bucket_size=config.parallel.bucket or None,

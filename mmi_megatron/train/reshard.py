@@ -46,7 +46,8 @@ def launch_reshard(config: Config, run: Path, out: str, step: int | None, ranks:
     parallel = config.parallel
     count = ranks or parallel.tensor * parallel.pipeline * parallel.context
     # One row a micro-batch for each replica: nothing is trained, and the layout must fit.
-    config = replace(config, train=replace(config.train, rows=count, micro_rows=1))
+    train = replace(config.train, rows=count, micro_rows=1)
+    config = replace(config, train=train, parallel=replace(parallel, optimizer_copies=1))
     data_parallel_size(config, count)
     here = Path(target.local or run).absolute()
     os.environ |= {SOURCE: found.address, TARGET: str(target.local.absolute() if target.local else target)}
