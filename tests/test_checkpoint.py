@@ -368,6 +368,34 @@ def test_a_save_that_ends_anywhere_leaves_no_half_and_its_error_is_raised(reader
     assert found[0][0] == "step_0000001"
 
 
+def one_cannot_write(folder: Path) -> list[str]:
+    """On a rank: a save for which rank 1 has no space, and what is found then."""
+    from mmi_megatron.train.checkpoint import latest, save
+    from mmi_megatron.train.storage import Folder
+    from tests.tiny import Run, tiny_config
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    plain = Folder.write
+    with Run(tiny_config(1)) as run:
+        save(run.model, run.optimizer, run.scheduler, {}, folder, 1)
+        Folder.write = full if run.layout.rank == 1 else plain
+        try:
+            save(run.model, run.optimizer, run.scheduler, {}, folder, 2)
+        except OSError as error:
+            return [str(error), latest(folder).name]
+        finally:
+            Folder.write = plain
+        return ["saved"]
+
+
+def test_a_rank_that_cannot_write_ends_the_save_on_all_by_name(readers, tmp_path):
+    for said, newest in readers.run(2, one_cannot_write, tmp_path, timeout=60):
+        assert "step_0000002 could not be written: rank 1: OSError: no space left" in said
+        assert "rank 0" not in said and newest == "step_0000001"
+
+
 def test_verify_names_the_file_with_a_flipped_bit(written, tmp_path):
     from mmi_megatron.train.checkpoint_folder import fault, verify
 

@@ -152,7 +152,7 @@ class Checkpoints:
         """Wait until the checkpoint under way is whole (collective).
 
         Raises:
-            OSError: when it could not be written.
+            OSError: when any rank could not write its part; on every rank, naming it.
         """
         # Not a barrier: a slow disk or network is no reason for a collective to time out.
         while not self._all_done():
@@ -161,9 +161,25 @@ class Checkpoints:
         return self._finish()
 
     def _all_done(self) -> bool:
-        done = torch.tensor([self._job is None or self._job[0].done], dtype=torch.int, device=device())
-        dist.all_reduce(done, op=dist.ReduceOp.MIN)
-        return bool(done)
+        job = None if self._job is None else self._job[0]
+        done, failed = job is None or job.done, job is not None and job.error is not None
+        state = torch.tensor([done, not failed], dtype=torch.int, device=device())
+        dist.all_reduce(state, op=dist.ReduceOp.MIN)
+        if not state[1]:  # rank 0 would wait for that part for ever
+            self._give_up()
+        return bool(state[0])
+
+    def _give_up(self) -> None:
+        """Raise on every rank what ended the save on some (collective)."""
+        assert self._job is not None
+        (job, step, _), self._job, self.last = self._job, None, None
+        job.stop.set()
+        mine = None if job.error is None else f"{type(job.error).__name__}: {job.error}"
+        everyone: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        said = "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(everyone) if error)
+        name = checkpoint_folder.name_of(step)
+        raise OSError(f"{self.folder / name} could not be written: {said}") from job.error
 
     def _finish(self) -> Saved | None:
         if self._job is None:
@@ -341,6 +357,7 @@ def _layout() -> dict[str, Any]:
     return {
         "ranks": dist.get_world_size(),
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "device": device().type,
     }
 

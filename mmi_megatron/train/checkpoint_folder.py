@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,17 @@ def complete(draft: Folder, final: Folder, hashes: dict[str, dict[str, Any]]) ->
     if final.local.exists():
         final.local.rename(str(old))
     draft.local.rename(final.local)
+    _sync(final.local.parent)
     old.delete()
+
+
+def _sync(folder: Path) -> None:
+    """Let the names in a folder be on its disk, where the system can."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
 
 
 def prune(folder: Address, keep: int, keep_every: int = 0) -> list[str]:

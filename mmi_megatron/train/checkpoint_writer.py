@@ -9,10 +9,12 @@ process, which the threads of gloo and CUDA do not survive.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -141,6 +143,9 @@ class Piece:
         files = sorted({result.storage_data.relative_path for result in results})
         part = {"files": self._bring(files), "results": [_as_json(result) for result in results]}
         self.draft.write(_part_name(self.rank), json.dumps(part).encode())
+        if self.draft.local is None and self.rank > 0:
+            with contextlib.suppress(OSError):  # not the last of its machine, or rank 0's: not empty
+                self.here.rmdir()
 
     def complete(self, run: dict[str, Any] | None, stopped: Callable[[], bool]) -> None:
         """Wait for all ranks and mark the folder whole (rank 0, in a thread).
@@ -175,6 +180,7 @@ class Piece:
             path = self.here / name
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
+                os.fsync(file.fileno())  # before the marker is, which says that it is whole
             entries[name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
             if self.draft.local is None:
                 self.draft.put(path, name)
