@@ -100,7 +100,9 @@ def train(
 @app.command()
 @reported
 def generate(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run, or the converted release.", show_default=False)
+    ],
     prompt: Annotated[Path, typer.Option(help="Document to go on from, JSON.", show_default=False)],
     out: Annotated[
         Path, typer.Option(help="HTML page to write; its JSON is put beside it.", show_default=False)
@@ -122,6 +124,10 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1: none.")] = 3.5,
     scheduler: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
     seed: Annotated[int, typer.Option(help="Of text and pictures.")] = 0,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A tokenizer.json; converted weights need it.", show_default="the run's"),
+    ] = None,
 ) -> None:
     """Write a document on, text and pictures, as one HTML page."""
     from data_pipeline.formats import read_document
@@ -138,7 +144,7 @@ def generate(
     except ValueError as error:
         raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
     given = read_document(prompt)
-    document = write(load_run(run, device()), given, options)
+    document = write(load_run(run, device(), tokenizer), given, options)
     record = write_page(document, out, {"seed": seed, "steps": steps, "guidance": guidance})
     typer.echo(f"{out} and {record}")
 

@@ -34,6 +34,23 @@ model:
 data: {{tokenizer: unused, image_tokens: 6}}
 """
 
+CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 24, "num_attention_heads": 4} | {
+    "patch_size": 14,
+    "image_size": 224,
+}
+RESAMPLER = {"num_queries": 6, "hidden_size": 48, "encoder_hidden_size": 64, "num_hidden_layers": 12} | {
+    "cross_attention_frequency": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "qk_normalization": True,
+}
+LLAMA = {"hidden_size": 80, "intermediate_size": 96, "num_hidden_layers": 40, "num_attention_heads": 8} | {
+    "image_embed_dim": 64,
+    "cross_attention_frequency": 4,
+    "spatial_shapes": [32, 16, 8],
+}
+"""Configurations of its parts, as their builders take them."""
+
 
 def values(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -180,3 +197,12 @@ def save(folder: Path, files: int = 2) -> dict[str, Tensor]:
         part = {name: state[name] for name in names[number * each : (number + 1) * each]}
         torch.save(part, folder / f"pytorch_model_{number}.bin")
     return state
+
+
+def under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The language model's layers with ``model.`` in front."""
+    return {f"model.{name}": tensor for name, tensor in under(state, "mm_decoder.").items()}

@@ -21,7 +21,7 @@ from mmi_megatron.train import launch
 COMMANDS = {
     "mmi train": "preset overrides --out --resume --ranks --stop-after",
     "mmi generate": "run --prompt --out --max-tokens --min-tokens --max-images --picture-first --temperature "
-    "--top-k --top-p --beams --length-penalty --steps --guidance --scheduler --seed",
+    "--top-k --top-p --beams --length-penalty --steps --guidance --scheduler --seed --tokenizer",
     "mmi quickstart": "overrides --out",
     "mmi config": "preset overrides",
     "mmi params": "preset overrides --json",
@@ -41,13 +41,13 @@ COMMANDS = {
     "mmi data download": "lists --out --connections --per-host --timeout --retries --max-bytes --smallest "
     "--recipe --aesthetic --min-tokens --tokenizer --unsafe --watermark --similarity --license "
     "--ignore-opt-out --allow --documents-per-shard --json",
-    "mmi data index": "shards --tokenizer --holdout --workers --json",
+    "mmi data index": "shards --tokenizer --holdout --workers --ray --json",
     "mmi data inspect": "shards --tokenizer --out --kind --rows --context-length --image-tokens --json",
     "mmi data bench": "--executors --images --workers --decoder --rounds --folder --json",
     "mmi data serve": "--address --workers --port",
     "mmi data filter": "source --out --function --workers --ray --json",
-    "mmi data recaption": "source --out --function --workers --ray --json",
-    "mmi data dedup": "source --out --workers --ray --json",
+    "mmi data recaption": "source --out --function --batch --workers --ray --json",
+    "mmi data dedup": "source --out --distance --workers --ray --json",
 }
 """Every command with its arguments and options: a change here breaks somebody's script."""
 

@@ -13,12 +13,13 @@ from torch import Tensor
 from mmi_megatron.convert import export
 from mmi_megatron.convert.conversion import Conversion, Sources, matched, write
 from mmi_megatron.convert.families import Options, conversion
-from mmi_megatron.convert.released import language_layers, visual_tokenizer
+from mmi_megatron.convert.released import language_layers, perceiver, unet_mmfs, visual_tokenizer
 from mmi_megatron.convert.rules import ConvertError
 from mmi_megatron.convert.sharded import Layout, Stored
 from mmi_megatron.convert.source import Source
 from mmi_megatron.train.storage import Folder
 from tests import released_checkpoint
+from tests.released_checkpoint import CLIP, LLAMA, RESAMPLER, renamed, under
 
 CONSTANTS = ("pos_embed", "clip_mean", "clip_std", "position_ids", "head.bias")
 
@@ -96,30 +97,20 @@ def test_the_checkpoint_holds_what_the_builders_build(release, plan, checkpoint)
     _, state, _ = release
     stored = Stored(Folder(str(checkpoint[0])), plan.language)
     prefix = "visual_tokenizer."
-    clip = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 24, "num_attention_heads": 4}
-    clip |= {"patch_size": 14, "image_size": 224}
-    resampler = {"num_queries": 6, "hidden_size": 48, "encoder_hidden_size": 64, "num_hidden_layers": 12}
-    resampler |= {"cross_attention_frequency": 2, "num_attention_heads": 4, "intermediate_size": 96}
-    below = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    tokenizer = visual_tokenizer(below, clip, resampler | {"qk_normalization": True}).core
-    layers = language_layers(
-        {
-            name.replace("mm_decoder.", "model.", 1): tensor
-            for name, tensor in state.items()
-            if name.startswith("mm_decoder.")
-        },
-        {
-            "hidden_size": 80,
-            "intermediate_size": 96,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 8,
-            "image_embed_dim": 64,
-            "cross_attention_frequency": 4,
-            "spatial_shapes": [32, 16, 8],
-        },
-    )
+    tokenizer = visual_tokenizer(under(state, prefix), CLIP, RESAMPLER).core
+    layers = language_layers(renamed(state), LLAMA)
+    drawn = {"num_queries": 77, "hidden_size": 32, "encoder_hidden_size": 80, "num_hidden_layers": 1}
+    drawn |= {"cross_attention_frequency": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    resampler = perceiver(under(state, "image_decoder.perceiver_resampler."), drawn).core
+    looks = under(state, "image_decoder.decoder.mmfs_module.")
+    blocks = unet_mmfs(looks, {"input_channel": 64, "block_out_channels": released_checkpoint.CHANNELS}).core
     count = 0
-    for module, name in ((tokenizer, prefix), (layers, "language_model.")):
+    for module, name in (
+        (tokenizer, prefix),
+        (layers, "language_model."),
+        (resampler, "image_decoder.resampler."),
+        (blocks, "image_decoder.unet_mmfs."),
+    ):
         for key, tensor in module.state_dict().items():
             if not key.startswith("vit.norm."):
                 assert torch.equal(stored[name + key], tensor), key

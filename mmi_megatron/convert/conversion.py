@@ -29,27 +29,36 @@ SETTINGS, REPORT = "settings.yaml", "report.json"
 class Sources(Mapping[str, Tensor]):
     """Several sources under one roof, each under a prefix, and names changed on the way.
 
+    Attributes:
+        like: name to a tensor of the same shape and dtype without values.
+        stored_as: name to the one that its file has, below the prefix.
+        order: name to where it lies, for reading file by file.
+
     Args:
         sources: prefix to source.
         renamed: to be applied to a name below its prefix.
+
+    Raises:
+        ConvertError: when two names become one.
     """
 
     def __init__(self, sources: Mapping[str, Source], renamed: Callable[[str], str] = lambda name: name):
         self.sources = sources
         self._of: dict[str, tuple[Source, str]] = {}
+        self.stored_as: dict[str, str] = {}
         for prefix, source in sources.items():
             for name in source:
                 new = prefix + renamed(name)
                 if new in self._of:
                     raise ConvertError(f"{source.file_of[name]}: {name} is there twice, as {new}")
                 self._of[new] = source, name
+                self.stored_as[new] = prefix + name
         self.like = {name: source.like[old] for name, (source, old) in self._of.items()}
         files = [file for source in sources.values() for file in source.files]
         self.order = {
             name: (files.index(source.file_of[old]), place)
             for place, (name, (source, old)) in enumerate(self._of.items())
         }
-        """Name to where it lies, for reading file by file."""
 
     def __getitem__(self, name: str) -> Tensor:
         source, old = self._of[name]
@@ -113,12 +122,14 @@ def matched(conversion: Conversion) -> Report:
         for name, value in (table.constants | table.legacy).items():
             if name in source:
                 check_constant(what, name, source[name], value)
-                rows.append(Row((name,), "", tuple(value.shape), _short(value), "a constant, checked"))
+                theirs = (source.stored_as[name],)
+                rows.append(Row(theirs, "", tuple(value.shape), _short(value), "a constant, checked"))
     except ValueError as error:
         raise ConvertError(str(error)) from None
     for name, why in left.items():
         like = source.like[name]
-        rows.append(Row((name,), "", tuple(like.shape), _short(like), f"left out: {why}"))
+        theirs = (source.stored_as[name],)
+        rows.append(Row(theirs, "", tuple(like.shape), _short(like), f"left out: {why}"))
     for ours, (tensor, origin) in conversion.computed.items():
         rows.append(Row((), ours, tuple(tensor.shape), _short(tensor), origin))
     return Report(what, rows, conversion.notes)
@@ -154,7 +165,8 @@ def _checked(conversion: Conversion, rule: Rule) -> Row:
         raise ConvertError(
             f"{what}: {', '.join(rule.theirs)} are joined but of different types {sorted(kinds)}"
         )
-    return Row(rule.theirs, rule.ours, tuple(ours.shape), kinds.pop(), rule.how)
+    theirs = tuple(conversion.source.stored_as[name] for name in rule.theirs)
+    return Row(theirs, rule.ours, tuple(ours.shape), kinds.pop(), rule.how)
 
 
 def write(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from mmi_megatron.convert.families import DECODER, LANGUAGE, VIT, language_shape
 from mmi_megatron.convert.report import Report, Row
 from mmi_megatron.convert.rules import ConvertError, Rule, Table, rename
 from mmi_megatron.convert.sharded import Stored, draft
-from mmi_megatron.convert.start import resolve
+from mmi_megatron.convert.start import converted_model, resolve
 from mmi_megatron.convert.target import Group, write_bin, write_safetensors
 from mmi_megatron.model.image_decoder import build_vae
 from mmi_megatron.model.unet_mmfs import build_unet
 from mmi_megatron.model.vision_towers import build_vit
-from mmi_megatron.settings import build, load_config
+from mmi_megatron.settings import load_config
 from mmi_megatron.train.checkpoint_reader import open_run
 from mmi_megatron.train.storage import Folder
 
@@ -88,21 +88,13 @@ def open_checkpoint(
     """
     folder = resolve(address)
     extra = open_run(folder)["extra"]
-    if "settings" in extra:
-        tree = _merged(asdict(ModelConfig()), extra["settings"])
-        model = build(ModelConfig, tree)
+    if (model := converted_model(extra)) is not None:
         stored = Stored(folder, model.language)
         return Checkpoint(stored, model, extra.get("text_rows", 0), dtype=dtype, average=average)
     config = load_config(settings or _settings_beside(folder))
     rows, special = _tokens(config)
     stored = Stored(folder, config.model.language)
     return Checkpoint(stored, config.model, rows, special, config.data.context_length, dtype, average)
-
-
-def _merged(tree: Any, layer: Any) -> Any:
-    if not isinstance(tree, dict) or not isinstance(layer, dict):
-        return layer
-    return tree | {key: _merged(tree.get(key), value) for key, value in layer.items()}
 
 
 def _settings_beside(folder: Folder) -> Path:
@@ -158,7 +150,7 @@ def _report(checkpoint: Checkpoint, what: str, table: Table, prefix: str, notes:
         how = "; ".join(part for part in (rule.how, "averaged" * (source != rule.ours)) if part)
         kind = str(checkpoint.cast(like)).removeprefix("torch.")
         rows.append(Row(rule.theirs, rule.ours, tuple(like.shape), kind, how))
-    used = {rule.ours for rule in table.rules}
+    used = {rule.ours for rule in table.rules} | table.ours_only
     for name, like in checkpoint.stored.like.items():
         if name.startswith(prefix) and name not in used and not name.startswith(AVERAGE):
             kind = str(like.dtype).removeprefix("torch.")

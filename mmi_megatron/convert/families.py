@@ -101,7 +101,7 @@ def hf_llama(path: Path, options: Options) -> Conversion:
     tied = bool(config.get("tie_word_embeddings")) and "lm_head.weight" not in source
     settings = _picked(language, LANGUAGE_KEYS) | {"vocabulary_multiple": language.vocabulary_multiple}
     notes = [checked]
-    if config.get("sliding_window"):
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
         notes.append(f"attends to the last {config['sliding_window']} tokens there, to all of them here")
     return Conversion(
         f"hf-llama {path}",
@@ -194,7 +194,8 @@ def released(path: Path, options: Options) -> Conversion:
     config = load_config(options.preset, options.overrides).model
     released_model.check_settings(config)
     config.decoder.ema = 0.0
-    source = Sources({"": Source(path)})
+    source = Sources({"": Source(path)}, diffusion.vae_name)
+    notes = [_release_tokens(path, config.language)]
     stored = whole_shapes(config)
     table = released_model.released_table(config, list(stored))
     targets, wanted = stored, config
@@ -203,8 +204,37 @@ def released(path: Path, options: Options) -> Conversion:
         targets = whole_shapes(wanted)
         position = VIT + vision.POSITIONS
         table = vision.resized(table, position, stored[position], targets[position])
-    settings = asdict(wanted)
-    return Conversion(f"released {path}", source, table, targets, settings, config.language)
+    # The release drops the ViT's final norm and nothing reads ours: written so that the checkpoint is whole.
+    width = config.vision.width
+    norm = {f"{VIT}norm.weight": torch.ones(width), f"{VIT}norm.bias": torch.zeros(width)}
+    computed = {
+        name: (value, "start value; not in the release, nothing reads it") for name, value in norm.items()
+    }
+    table = replace(table, ours_only=table.ours_only - norm.keys())
+    return Conversion(
+        f"released {path}",
+        source,
+        table,
+        targets,
+        asdict(wanted),
+        config.language,
+        computed=computed,
+        notes=notes,
+    )
+
+
+def _release_tokens(path: Path, language: LanguageConfig) -> str:
+    """What was checked about the tokenizer beside the weights, which must leave the last two ids to the
+    image tokens."""
+    folder = path if path.is_dir() else path.parent
+    rows = language.vocabulary - llama.IMAGE_TOKENS
+    added, checked = llama.check_tokens(folder, {"vocab_size": rows})
+    if added != llama.IMAGE_TOKENS:
+        raise ConvertError(
+            f"{folder}: tokenizer.json with the image tokens has {rows + added} tokens, the weights' table "
+            f"{language.vocabulary} rows"
+        )
+    return checked
 
 
 def whole_shapes(config: ModelConfig) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mmi_megatron.config import DecoderConfig, UNetConfig, VAEConfig
@@ -44,12 +45,13 @@ def unet_settings(config: Mapping[str, Any], where: Path) -> tuple[UNetConfig, i
     width = {c // h for c, h in zip(channels, heads, strict=True)}
     if len(set(heads)) > 1 and len(width) > 1:
         raise ConvertError(f"{where}: attention_head_dim {heads} is neither the same nor in step with widths")
+    fixed = len(width) > 1
     unet = UNetConfig(
         channels=channels,
         attention=["CrossAttn" in kind for kind in theirs["down_block_types"]],
         layers_per_block=theirs["layers_per_block"],
-        head_width=min(width),
-        heads=heads[0] if len(width) > 1 else None,
+        head_width=UNetConfig().head_width if fixed else min(width),  # means nothing beside a count of heads
+        heads=heads[0] if fixed else None,
         norm_groups=theirs["norm_num_groups"],
         linear_projection=theirs["use_linear_projection"],
     )
@@ -158,7 +160,7 @@ def negatives(folder: Path, queries: int, width: int) -> Tensor | None:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", torch_dtype="auto").eval()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConvertError(f"{folder / 'text_encoder'}: transformers cannot load it: {error}") from None
     ids = tokenizer("", padding="max_length", max_length=queries, truncation=True, return_tensors="pt")
     tokens = encoder(ids.input_ids)[0][0].float()

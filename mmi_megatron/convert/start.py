@@ -15,9 +15,10 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import nn
 
-from mmi_megatron.config import Config
+from mmi_megatron.config import Config, ModelConfig
 from mmi_megatron.convert.rules import ConvertError
 from mmi_megatron.convert.sharded import MODEL
+from mmi_megatron.settings import build
 from mmi_megatron.train import checkpoint_folder
 from mmi_megatron.train.checkpoint_reader import fill, open_run, read_index, shapes_of
 from mmi_megatron.train.storage import Folder
@@ -93,6 +94,26 @@ def resolve(address: str) -> Folder:
         if (newest := checkpoint_folder.newest(place)) is not None:
             return newest
     raise ConvertError(f"{address}: neither a checkpoint nor the folder of a run with a complete one")
+
+
+def load_whole(model: nn.Module, folder: Folder) -> None:
+    """Fill a model, not wrapped, from a converted checkpoint that holds all of it (collective).
+
+    Raises:
+        CheckpointError: when it is not whole, lacks a tensor, or has one of another shape.
+    """
+    sharded = [model.sharded_state_dict()]  # type: ignore[operator]
+    _fill([model], sharded, folder, _all_keys(sharded))
+
+
+def converted_model(extra: dict[str, Any]) -> ModelConfig | None:
+    """Settings of the model in a converted checkpoint, true for the parts that it holds; None for a
+    checkpoint of a run.
+
+    Args:
+        extra: of its ``run.json``.
+    """
+    return build(ModelConfig, extra["settings"]) if "settings" in extra else None
 
 
 def _all_keys(sharded: list[dict]) -> set[str]:
