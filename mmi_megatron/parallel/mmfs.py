@@ -197,6 +197,13 @@ class WholeLinear(nn.Linear):
         """[..., inputs] to [..., outputs]."""
         return super().forward(x), None
 
+    def get_extra_state(self) -> None:
+        """Nothing, under the name that Megatron's linear layers save nothing by: a checkpoint is then read
+        by either of the two."""
+
+    def set_extra_state(self, state: None) -> None:
+        """See ``get_extra_state``."""
+
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """Megatron's sharded tensors: replicas over the tensor-parallel group."""
         state = self.state_dict(keep_vars=True)

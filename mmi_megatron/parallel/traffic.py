@@ -7,7 +7,7 @@ The groups are those of ``GROUPS``.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -35,6 +35,10 @@ GROUPS = {
 """Each group and what it sends."""
 
 
+ALIGNED = 64
+"""Elements (megatron.core.distributed.param_and_grad_buffer)."""
+
+
 class Sent(TorchDispatchMode):
     """Inside, counts what this process sends; the backward pass included. For tests and measurements: it
     sees every operation of torch, which takes time.
@@ -45,7 +49,7 @@ class Sent(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: Counter[str] = Counter()
+        self.bytes: dict[str, float] = defaultdict(float)
         groups = (
             (TENSOR, parallel_state.get_tensor_model_parallel_group()),
             (DATA, parallel_state.get_data_parallel_group()),
@@ -102,7 +106,7 @@ def expected(
     Returns:
         Bytes by group; nothing for ``OTHER``.
     """
-    sent: Counter[str] = Counter()
+    sent: dict[str, float] = defaultdict(float)
     for micro_batch in inputs:
         for stage in stages:
             count = _Activations(config, stage, micro_batch)
@@ -121,12 +125,14 @@ def expected(
             sent[label] += (ranks - 1) / ranks * whole * (4 + width)
         if config.parallel.sequence:
             summed = [parameter for parameter in trained if getattr(parameter, "sequence_parallel", False)]
-            sent[TENSOR] += 2 * (tensor - 1) / tensor * 4 * _size(summed)
-    return {label: float(sent[label]) for label in (TENSOR, PIPELINE, DATA, IMAGES)}
+            elements = sum(parameter.numel() for parameter in summed)
+            sent[TENSOR] += 2 * (tensor - 1) / tensor * 4 * elements
+    return {label: sent[label] for label in (TENSOR, PIPELINE, DATA, IMAGES)}
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+    """Elements in Megatron's buffers, where each parameter begins at a multiple of ``ALIGNED``."""
+    return sum(-(-parameter.numel() // ALIGNED) * ALIGNED for parameter in parameters)
 
 
 class _Activations:
