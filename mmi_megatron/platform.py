@@ -202,6 +202,24 @@ def reset_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""What plain RuntimeErrors say when memory ran out: torch's allocator for CPUs, and CUDA's libraries."""
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that memory ran out, of a GPU or of the machine."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
 def memory_report() -> dict[str, float]:
     """What is known about memory, in bytes: of the GPU by torch's allocator, of this process, of the
     machine."""

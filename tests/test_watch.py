@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import time
@@ -98,7 +99,15 @@ def test_a_gradient_that_is_finite_when_computed_again_is_said_to_be_so(ranks, t
 # Memory
 
 
-def out_of_memory(out: Path) -> list[str]:
+def ask_a_gpu() -> None:
+    raise torch.OutOfMemoryError("tried to allocate 20.00 GiB\nand so on")
+
+
+def ask_the_machine() -> None:
+    torch.empty(1 << 55)  # torch's allocator for CPUs refuses it, with a RuntimeError
+
+
+def out_of_memory(out: Path, ask) -> list[str]:
     """On a rank: memory runs out on rank 1 in the backward pass of the image decoder, at step 3."""
     from tests.tiny import Run, tiny_config
 
@@ -118,7 +127,7 @@ def out_of_memory(out: Path) -> list[str]:
 
         def burst(self, _):
             if self.bursts:
-                raise torch.OutOfMemoryError("tried to allocate 20.00 GiB\nand so on")
+                ask()
 
     with Run(tiny_config(1)) as run:
         watch, _ = watch_of(run, out)
@@ -135,10 +144,17 @@ def out_of_memory(out: Path) -> list[str]:
         return ["fine"]
 
 
-def test_memory_that_runs_out_is_reported_with_rank_step_and_part(ranks, tmp_path):
-    fine, (said, cause) = ranks.run(2, out_of_memory, tmp_path)
-    assert fine == ["fine"] and cause == "OutOfMemoryError"
-    assert "out of memory at step 3 in image decoder backward on rank 1: tried to allocate 20.00 GiB" in said
+@pytest.mark.parametrize(
+    ("ask", "kind", "reason"),
+    [
+        (ask_a_gpu, "OutOfMemoryError", "tried to allocate 20.00 GiB"),
+        (ask_the_machine, "RuntimeError", "DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_memory_that_runs_out_is_reported_with_rank_step_and_part(ranks, tmp_path, ask, kind, reason):
+    fine, (said, cause) = ranks.run(2, out_of_memory, tmp_path, ask)
+    assert fine == ["fine"] and cause == kind
+    assert "out of memory at step 3 in image decoder backward on rank 1: " in said and reason in said
     assert "train.micro_rows" in said and "and so on" not in said
     report = json.loads((tmp_path / "reports" / "out_of_memory_step_0000003_rank_1.json").read_text())
     assert report["part"] == "image decoder backward" and report["memory"]["process_resident"] > 1e6
@@ -260,3 +276,27 @@ def test_a_loss_spike_is_reported_with_its_samples(ranks, tmp_path):
     report = json.loads((tmp_path / "reports" / "spike_step_0000030_rank_0.json").read_text())
     assert report["loss"] == "next_token_loss" and report["value"] > 8 and 2.8 < report["median"] < 3.2
     assert report["batches"][0]["images"] == random_batch(30).image_ids.tolist()
+
+
+# Traces
+
+
+def traced(out: Path, begin: int) -> list[str]:
+    """On a rank: the steps up to 5, of which 2 and 3 are to be recorded."""
+    from tests.tiny import Run, tiny_config
+
+    with Run(tiny_config(1)) as run:
+        watch, _ = watch_of(run, out, trace_from=2, trace_steps=2)
+        with watch.running():
+            for step in range(begin, 6):
+                with watch.watching(step):
+                    torch.ones(3, 3) @ torch.full((3, 3), float(step))
+        return sorted(path.name for path in watch.traces.iterdir())
+
+
+@pytest.mark.parametrize(("begin", "steps"), [(0, "2_to_3"), (3, "3_to_3")])
+def test_the_steps_asked_for_are_traced(ranks, tmp_path, begin, steps):
+    names = ranks.run(1, traced, tmp_path, begin)[0]
+    assert names == [f"steps_{steps}_rank_0.json.gz"]
+    events = json.loads(gzip.decompress((tmp_path / "traces" / names[0]).read_bytes()))["traceEvents"]
+    assert [event["name"] for event in events].count("aten::mm") == 1 + int(steps[-1]) - int(steps[0])

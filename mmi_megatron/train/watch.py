@@ -72,6 +72,7 @@ class Watch:
         self.skipped = self.skipped_in_a_row = 0
         self._losses: dict[str, deque[float]] = {}
         self._profiler: Any = None
+        self._traced = [0, 0]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -100,10 +101,13 @@ class Watch:
         try:
             with self.anatomy.step(step, measured):
                 yield
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except (RuntimeError, MemoryError) as error:
+            if not platform.ran_out_of_memory(error):
+                raise
             raise self._out_of_memory(error) from error
         if self._profiler is not None:
             self._profiler.step()
+            self._traced[1] = step
         if measured:
             self._measured()
 
@@ -249,7 +253,8 @@ class Watch:
     def _trace(self, step: int) -> None:
         """Start or stop torch's profiler."""
         first, count = self.settings.trace_from, self.settings.trace_steps
-        if count and step == first:
+        if self._profiler is None and first <= step < first + count:
+            self._traced = [step, step]
             activities = [torch.profiler.ProfilerActivity.CPU]
             if platform.has_gpu():
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -263,7 +268,7 @@ class Watch:
             return
         self._profiler.stop()
         self.traces.mkdir(parents=True, exist_ok=True)
-        first, last = self.settings.trace_from, self.settings.trace_from + self.settings.trace_steps - 1
+        first, last = self._traced
         path = self.traces / f"steps_{first}_to_{last}_rank_{self.layout.rank}.json.gz"
         self._profiler.export_chrome_trace(str(path))
         self._profiler = None
