@@ -111,7 +111,7 @@ class Source:
         """
         found = self._entries.get(number)
         if found is None:
-            shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+            shard = int(self.starts.searchsorted(number, side="right")) - 1
             found = self.index(shard).entry(number - int(self.starts[shard]), shard)
             if len(self._entries) == ENTRIES:
                 self._entries.clear()

@@ -25,7 +25,7 @@ def pack(parts: Sequence[Part], room: int, max_images: int | None = None) -> lis
     rows: list[list[int]] = []
     images: list[int] = []
     open_rows: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for index in sorted(range(len(parts)), key=lambda i: (-parts[i].length, i)):
+    for index in sorted(range(len(parts)), key=lambda i: -parts[i].length):
         part = parts[index]
         slot = bisect_left(open_rows, (part.length, -1))
         while slot < len(open_rows) and max_images is not None:

@@ -6,7 +6,7 @@ computed on its own, on any machine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,21 +17,39 @@ SAMPLE_BITS = 39
 """A sample's id is ``source << SAMPLE_BITS | its number in the source``."""
 
 
-def permuted(index: int, count: int, *key: int) -> int:
-    """Where ``index`` goes in a keyed permutation of ``count`` things, without listing them.
+class Permutation:
+    """A keyed permutation of ``count`` things, without listing them.
 
     A four-round Feistel network over the smallest even number of bits that holds ``count``,
-    applied until the result is below it (cycle walking).
+    applied until the result is below it (cycle walking). The values of its round functions are kept:
+    there are ``4 * sqrt(4 * count)`` of them at most, and a hash costs as much as all the rest.
     """
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for round_ in range(4):
-            left, right = right, left ^ (keyed(*key, round_, right) & mask)
-        index = left << half | right
-        if index < count:
-            return index
+
+    def __init__(self, count: int, *key: int):
+        self.count = count
+        self.key = key
+        self._half = max(1, ((count - 1).bit_length() + 1) // 2)
+        self._mask = (1 << self._half) - 1
+        self._rounds: tuple[dict[int, int], ...] = ({}, {}, {}, {})
+
+    def __call__(self, index: int) -> int:
+        """Where ``index`` goes."""
+        half, mask = self._half, self._mask
+        while True:
+            left, right = index >> half, index & mask
+            for number, kept in enumerate(self._rounds):
+                value = kept.get(right)
+                if value is None:
+                    value = kept[right] = keyed(*self.key, number, right) & mask
+                left, right = right, left ^ value
+            index = left << half | right
+            if index < self.count:
+                return index
+
+
+def permuted(index: int, count: int, *key: int) -> int:
+    """Where ``index`` goes in a keyed permutation of ``count`` things; see ``Permutation``."""
+    return Permutation(count, *key)(index)
 
 
 def shuffled(count: int, *key: int) -> np.ndarray:
@@ -50,8 +68,7 @@ def sample_id(source: int, number: int) -> int:
     return source << SAMPLE_BITS | number
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of a document, or tokens ``start`` to ``stop`` of a long text; an image is whole."""
 
     piece: int
@@ -59,8 +76,7 @@ class Segment:
     stop: int
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What a row holds of a document: all of it, or one part of an over-long one.
 
     Attributes:
@@ -152,9 +168,11 @@ def parts_of(
     divided = split_document(order, room, image_tokens, max_images)
     parts, first = [], 0
     for index, segments in enumerate(divided):
-        images = sum(order[segment.piece] == IMAGE for segment in segments)
-        last = index == len(divided) - 1
-        length = 1 + sum(segment.stop - segment.start for segment in segments) + last
+        images, last = 0, index == len(divided) - 1
+        length = 1 + last
+        for piece, start, stop in segments:
+            images += order[piece] == IMAGE
+            length += stop - start
         parts.append(Part(source, number, flipped, tuple(segments), first, images, length, last, view))
         first += images
     return parts

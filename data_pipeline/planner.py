@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -20,13 +20,34 @@ from data_pipeline.errors import DataError, ResumeError
 from data_pipeline.keys import keyed
 from data_pipeline.mix import next_source
 from data_pipeline.pack import pack
-from data_pipeline.plan import Part, parts_of, permuted, shuffled
+from data_pipeline.plan import Part, Permutation, parts_of, shuffled
 from data_pipeline.settings import DataSettings, whole_weights
 from data_pipeline.views import is_random
 
 ORDER, FLIP, ROWS, VALIDATION, SHARDS, VIEW = range(6)
 """What a keyed choice is for: order of documents, side of a pair's image, order of rows, validation,
 order of shards, views of a document's images."""
+
+
+@dataclass
+class Block:
+    """Shards whose documents are shuffled together.
+
+    Attributes:
+        epoch: pass over the source.
+        start, end: of its documents' places in the pass.
+        shards: their numbers; ``ends``: documents up to the end of each.
+        order: of its documents.
+        numbers: of the documents of each shard that was asked for, by its place in ``shards``.
+    """
+
+    epoch: int
+    start: int
+    end: int
+    shards: list[int]
+    ends: list[int]
+    order: Permutation
+    numbers: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 class Order:
@@ -47,23 +68,30 @@ class Order:
         self.counts = source.counts(split)
         self.documents = int(self.counts.sum())
         self._pass = lru_cache(maxsize=2)(self._arranged)
+        self._block: Block | None = None
 
     def number(self, epoch: int, index: int) -> int:
         """Number in its source of the document that comes ``index``-th in a pass."""
-        shards, ends = self._pass(epoch)
-        block = int(np.searchsorted(ends[self.together - 1 : -1 : self.together], index, side="right"))
-        first = block * self.together
-        own = shards[first : first + self.together]
-        self.source.fetch(own.tolist())
-        start = int(ends[first - 1]) if first else 0
-        inside = ends[first : first + self.together] - start
-        place = permuted(index - start, int(inside[-1]), *self.key, ORDER, epoch, block)
-        at = int(np.searchsorted(inside, place, side="right"))
-        numbers = self._numbers(int(own[at]))
-        return int(numbers[place - (int(inside[at - 1]) if at else 0)])
+        block = self._block
+        if block is None or block.epoch != epoch or not block.start <= index < block.end:
+            block = self._block = self._opened(epoch, index)
+        place = block.order(index - block.start)
+        at = bisect_right(block.ends, place)
+        if at not in block.numbers:
+            block.numbers[at] = self.source.numbers(self.split, block.shards[at])
+        return int(block.numbers[at][place - (block.ends[at - 1] if at else 0)])
 
-    def _numbers(self, shard: int) -> np.ndarray:
-        return self.source.numbers(self.split, shard)
+    def _opened(self, epoch: int, index: int) -> Block:
+        """The block that holds the ``index``-th document of a pass; the indexes of its shards are read."""
+        shards, ends = self._pass(epoch)
+        number = int(np.searchsorted(ends[self.together - 1 : -1 : self.together], index, side="right"))
+        first = number * self.together
+        own = shards[first : first + self.together].tolist()
+        self.source.fetch(own)
+        start = int(ends[first - 1]) if first else 0
+        inside = (ends[first : first + self.together] - start).tolist()
+        order = Permutation(inside[-1], *self.key, ORDER, epoch, number)
+        return Block(epoch, start, start + inside[-1], own, inside, order)
 
     def _arranged(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of a pass, and how many documents there are up to the end of each."""
@@ -141,8 +169,8 @@ class Planner:
             parts[source] += self.sample(source, after[source])
             after[source] += 1
         rows = [row for own in parts for row in self.pack(own)]
-        key = (self.settings.seed, ROWS, sum(drawn))
-        return [rows[permuted(index, len(rows), *key)] for index in range(len(rows))], after
+        order = Permutation(len(rows), self.settings.seed, ROWS, sum(drawn))
+        return [rows[order(index)] for index in range(len(rows))], after
 
     def mix(self, position: int) -> Mix:
         """The weights at a position, in samples of all sources."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +19,16 @@ from data_pipeline.quarantine import Failure
 from data_pipeline.rows import describe_stream
 from data_pipeline.settings import DataSettings
 from data_pipeline.state import pixel_sums, row_checksums
-from data_pipeline.storage import Range, Storage
+from data_pipeline.storage import LocalFiles, Range, Storage, is_local
 from data_pipeline.task import Address, Produced, Task
 from data_pipeline.tokens import Tokenizer
 from data_pipeline.views import CENTER, View, view_of
 
 Empty = Callable[[tuple[int, ...], Any], np.ndarray]
 """Makes an array of a shape and dtype whose values do not matter: ``numpy.empty``, or shared memory."""
+Blob = bytes | Range | BadSample
+"""Bytes of a file, or what is wrong with them; or where they lie on this machine: they are read when they
+are needed, and are still in the CPU's cache when they are decoded."""
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Slot:
     first_image: int
     pair: bool
     tokens: list[int] = field(default_factory=list)
-    images: list[bytes] = field(default_factory=list)
+    images: Sequence[Blob] = ()
     failure: BadSample | None = None
     view: int | None = None
 
@@ -92,15 +95,10 @@ class Producer:
         Returns:
             The batch, every row ``context_length`` long, and what is to be known of it.
         """
-        laid, failures = [], []
-        wanted = [address.ranges() for row in task.rows for address in row]
-        found = iter(self.storage.read_many([place for places in wanted for place in places]))
-        blobs = iter([[next(found) for _ in places] for places in wanted])
-        for row in task.rows:
-            filled = [self._slot(address, next(blobs)) for address in row]
-            rest = self.settings.context_length - sum(slot.length for slot in filled)
-            laid.append(filled + ([Slot.padding(rest)] if rest else []))
-        batch, sums = self._assembled(laid)
+        failures = []
+        with LocalFiles() as files:
+            laid = self._laid(task, files)
+            batch, sums = self._assembled(laid, files)
         for row, slots in zip(task.rows, laid, strict=True):
             for address, slot in zip(row, slots, strict=False):
                 if slot.failure is not None:
@@ -110,16 +108,32 @@ class Producer:
 
     def assemble(self, rows: list[list[Slot]]) -> Batch:
         """Lay slots end to end and decode their images; a slot with a bad image is masked."""
-        return self._assembled(rows)[0]
+        with LocalFiles() as files:
+            return self._assembled(rows, files)[0]
 
-    def _assembled(self, rows: list[list[Slot]]) -> tuple[Batch, tuple[np.ndarray, np.ndarray]]:
+    def _laid(self, task: Task, files: LocalFiles) -> list[list[Slot]]:
+        """The slots of the rows. What is on other machines is read all at once."""
+        wanted = [address.ranges() for row in task.rows for address in row]
+        far = [place for places in wanted if not is_local(places[0].url) for place in places]
+        found = iter(self.storage.read_many(far) if far else [])
+        blobs = iter([p if is_local(p[0].url) else [next(found) for _ in p] for p in wanted])
+        laid = []
+        for row in task.rows:
+            slots = [self._slot(address, next(blobs), files) for address in row]
+            rest = self.settings.context_length - sum(slot.length for slot in slots)
+            laid.append(slots + ([Slot.padding(rest)] if rest else []))
+        return laid
+
+    def _assembled(
+        self, rows: list[list[Slot]], files: LocalFiles
+    ) -> tuple[Batch, tuple[np.ndarray, np.ndarray]]:
         slots = [slot for row in rows for slot in row]
         row_starts = _offsets([sum(slot.length for slot in row) for row in rows])
         pair = np.repeat([slot.pair for slot in slots], [slot.length for slot in slots])
         tokens, special = self._tokens(slots), self.tokenizer.special
         described = describe_stream(tokens, row_starts, special, pair_source=pair)
         bad = _failures(slots)
-        pictures = self._pictures(slots, described.image_loss)
+        pictures = self._pictures(slots, described.image_loss, files)
         if _failures(slots) > bad:
             tokens = self._tokens(slots)
             described = describe_stream(tokens, row_starts, special, pair_source=pair)
@@ -162,24 +176,23 @@ class Producer:
         tokens += [special.eos] * end
         return Slot(len(tokens), source, sample, 0, pair, tokens, document.images)
 
-    def _slot(self, address: Address, blobs: list[bytes | BadSample]) -> Slot:
+    def _slot(self, address: Address, blobs: Sequence[Blob], files: LocalFiles) -> Slot:
         part = address.part
         sample = sample_id(part.source, part.number)
         slot = Slot(part.length, part.source, sample, part.first_image, address.pair, view=part.view)
         try:
-            self._fill(address, slot, blobs)
+            self._fill(address, slot, blobs, files)
         except BadSample as failure:
             slot.failure = failure
         return slot
 
-    def _fill(self, address: Address, slot: Slot, blobs: list[bytes | BadSample]) -> None:
-        """Encode a part of what was read for it; its images are not decoded."""
+    def _fill(self, address: Address, slot: Slot, blobs: Sequence[Blob], files: LocalFiles) -> None:
+        """Encode a part's text; its images are not decoded."""
         part, lengths = address.part, address.pieces
         for blob in blobs:
             if isinstance(blob, BadSample):
                 raise blob
-        head, *images = [blob for blob in blobs if isinstance(blob, bytes)]
-        pieces, _ = parse_content(head)
+        pieces, _ = parse_content(_read(blobs[0], files))
         if part.flipped:
             pieces, lengths = pieces[::-1], lengths[::-1]
         if [kind == "image" for kind, _ in pieces] != [length == IMAGE for length in lengths]:
@@ -196,10 +209,10 @@ class Producer:
                 expected = lengths[segment.piece]
                 raise BadSample("shard has changed", f"{len(own)} tokens of text, {expected} in its index")
             tokens += own[segment.start : segment.stop]
-        slot.images = images
+        slot.images = blobs[1:]
         slot.tokens = tokens + [special.eos] * part.last
 
-    def _pictures(self, slots: list[Slot], image_loss: np.ndarray) -> Pictures:
+    def _pictures(self, slots: list[Slot], image_loss: np.ndarray, files: LocalFiles) -> Pictures:
         """Decode the images of the slots that are good; those of a slot with a bad one are left out."""
         size, drawn_size = self.settings.image_size, self.settings.drawn_size
         loss = image_loss.tolist()
@@ -217,7 +230,7 @@ class Producer:
             try:
                 for number, (blob, draw) in enumerate(zip(slot.images, draws, strict=True)):
                     out = [images[small + number]] + ([drawn[filled]] if draw else [])
-                    self.decoder.squares(blob, out, self._view(slot, number))
+                    self.decoder.squares(_read(blob, files), out, self._view(slot, number))
                     sums[0][small + number] = pixel_sums(out[0])  # while it is in the CPU's cache
                     if draw:
                         sums[1][filled] = pixel_sums(out[1])
@@ -246,6 +259,13 @@ class Producer:
     def _image_tokens(self) -> list[int]:
         special = self.tokenizer.special
         return [special.boi] + [special.image] * self.settings.image_tokens
+
+
+def _read(blob: Blob, files: LocalFiles) -> bytes:
+    found = files.read(blob) if isinstance(blob, Range) else blob
+    if isinstance(found, BadSample):
+        raise found
+    return found
 
 
 def failure_of(address: Address, failure: BadSample) -> Failure:

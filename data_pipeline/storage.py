@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from data_pipeline.cache import BlockCache
 from data_pipeline.errors import BadSample, DataError
@@ -33,6 +33,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 """Seconds: upper bounds of the first and of the last pauses before a range is asked for again."""
 JOIN, MOST = 64 << 10, 16 << 20
 """Ranges of one object that lie closer than ``JOIN`` bytes are asked for as one, of at most ``MOST``."""
+
+MOST_OPEN = 32
+"""Local files that a task holds open at a time."""
 
 
 class StorageError(DataError):
@@ -47,8 +50,7 @@ class Stamp:
     etag: str
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """Bytes of a file; ``etag`` is checked unless it is empty."""
 
     url: str
@@ -114,7 +116,8 @@ class Storage:
         Raises:
             StorageError: when the storage fails; what is wrong with a file comes back in its place.
         """
-        found: list[bytes | BadSample] = [_local(r) if is_local(r.url) else b"" for r in wanted]
+        with LocalFiles() as files:
+            found = [files.read(r) if is_local(r.url) else b"" for r in wanted]
         far = [index for index, r in enumerate(wanted) if not is_local(r.url)]
         if far:
             for index, answer in zip(far, self._run(self._fetch([wanted[i] for i in far])), strict=True):
@@ -321,6 +324,39 @@ class Storage:
             del self._under_way[url, etag, block]
 
 
+class LocalFiles:
+    """Files of this machine that ranges are read of; each is opened once, as that costs more than to read
+    a short range. For use by one thread, and not for long: close it."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def read(self, wanted: Range) -> bytes | BadSample:
+        """The bytes, or what is wrong with the file."""
+        url, offset, size, etag = wanted
+        try:
+            handle = self._open.get(url)
+            if handle is None:
+                if len(self._open) == MOST_OPEN:
+                    os.close(self._open.pop(next(iter(self._open))))
+                handle = self._open[url] = os.open(local_path(url), os.O_RDONLY)
+            if etag and _etag(os.fstat(handle)) != etag:
+                return BadSample("shard has changed", f"{url}: written to since it was indexed")
+            blob = os.pread(handle, size, offset)
+        except OSError as error:
+            return BadSample("shard cannot be read", str(error))
+        if len(blob) != size:
+            return BadSample("shard has changed", f"{len(blob)} of {size} bytes at {offset}")
+        return blob
+
+
 class StoredFile:
     """A file as ``tar.Reader`` and for ranges in a row: what lies ahead is fetched with what is asked for.
 
@@ -362,25 +398,12 @@ class StoredFile:
         return self._held[at : at + size]
 
 
-def _local(wanted: Range) -> bytes | BadSample:
-    try:
-        handle = os.open(local_path(wanted.url), os.O_RDONLY)
-        try:
-            changed = wanted.etag and _stamp(os.fstat(handle)).etag != wanted.etag
-            blob = b"" if changed else os.pread(handle, wanted.size, wanted.offset)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        return BadSample("shard cannot be read", str(error))
-    if changed:
-        return BadSample("shard has changed", f"{wanted.url}: written to since it was indexed")
-    if len(blob) != wanted.size:
-        return BadSample("shard has changed", f"{len(blob)} of {wanted.size} bytes at {wanted.offset}")
-    return blob
-
-
 def _stamp(status: os.stat_result) -> Stamp:
-    return Stamp(status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+    return Stamp(status.st_size, _etag(status))
+
+
+def _etag(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def _groups(wanted: Sequence[Range]) -> list[list[int]]:

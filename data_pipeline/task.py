@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from data_pipeline.quarantine import Failure
 from data_pipeline.storage import Range
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """Where the bytes of a planned part lie.
 
     Attributes:

@@ -88,7 +88,7 @@ def test_any_fsspec_url_is_read_and_a_change_is_named(tmp_path, cached):
     files.pipe_file("/box/x.bin", BLOB[::-1])
     if cached:  # what is kept is of the object that was asked for
         assert storage.read(wanted[0]) == BLOB[wanted[0].offset : wanted[0].offset + wanted[0].size]
-    changed = Storage().read_many([replace(wanted[1], size=5)])[0]
+    changed = Storage().read_many([wanted[1]._replace(size=5)])[0]
     assert changed.reason == "shard has changed"
     assert [url for url, _ in storage.find("memory://box", ".bin")] == ["memory:///box/x.bin"]
     with pytest.raises(StorageError, match="no such file"):
