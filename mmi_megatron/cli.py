@@ -87,7 +87,13 @@ def train(
         int | None, typer.Option(min=1, help="Stop, with a checkpoint, after this many steps of the run.")
     ] = None,
 ) -> None:
-    """Train. Starts its own ranks on one machine; under torchrun it is one of them."""
+    """Train. Starts its own ranks on one machine; under torchrun it is one of them.
+
+    The folder gets metrics.jsonl, checkpoints, samples and, in reports/, what went wrong: skipped steps,
+    loss spikes, slow ranks, memory that ran out; and every train.watch.measure_every steps the time and
+    memory of each part. train.watch.trace_steps=3 records a trace of three steps for Perfetto, from step
+    train.watch.trace_from on, in traces/.
+    """
     from mmi_megatron.settings import load_config
 
     config = load_config(preset, overrides or [])
