@@ -239,7 +239,8 @@ class ParallelConfig:
             ``heads``, which costs no memory; or, with ``sequence``, ``queries``, which sends the images'
             values instead of queries and outputs, but holds most of MMFS on every rank.
         shard_images: divide the images of a micro-batch over the tensor-parallel group for the visual
-            tokenizer and the image decoder.
+            tokenizer and the image decoder. Any number divides: the last shares are filled up with
+            images that count for nothing.
         vision_ahead: with a pipeline, run the visual tokenizer on the images of the next micro-batch
             while the first stage would wait for the second; takes the memory of one more micro-batch
             in the tokenizer.

@@ -178,6 +178,8 @@ def test_ranks_that_do_not_fit_are_refused(start, capfd):
         start(capfd, "report", ranks=3)
     with pytest.raises(ConfigError, match="train.rows: 8 is no multiple"):
         start(capfd, "report", ["train.micro_rows=8"], ranks=4)
+    with pytest.raises(ConfigError, match="parallel.optimizer_copies: 2 copies .* 1 replicas that 2 ranks"):
+        start(capfd, "report", ["parallel.optimizer_copies=2"], ranks=2)
 
 
 def test_a_folder_with_a_run_is_not_overwritten(start, tmp_path, capfd):

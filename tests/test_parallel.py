@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.matrix import assert_same_gradients, load_random, plain_model
 from tests.ranks import Ranks
 from tests.samples import SPECIAL, random_batch, small_config
 
@@ -22,44 +23,12 @@ def ranks():
     pool.close()
 
 
-def randomise(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A value that depends on the parameter's name alone."""
-    generator = torch.Generator().manual_seed(sum(ord(c) * 31**i for i, c in enumerate(name)) % 2**31)
-    noise = torch.randn(tensor.shape, generator=generator)
-    if "norm" in name and name.endswith("weight") and tensor.ndim == 1:
-        return 1 + 0.1 * noise
-    return noise * 0.2 if tensor.ndim < 2 else noise / tensor[0].numel() ** 0.5
-
-
-def plain_model(config):
-    """The whole model around the plain language model, with random weights."""
-    from mmi_megatron.model.image_decoder import ImageDecoder
-    from mmi_megatron.model.language_model import LanguageModel
-    from mmi_megatron.model.mm_interleaved import MMInterleaved
-    from mmi_megatron.model.visual_tokenizer import VisualTokenizer
-
-    torch.manual_seed(0)
-    model = config.model
-    tokenizer = VisualTokenizer(model.vision, model.language.width)
-    language = LanguageModel(model.language, model.vision.width, tokenizer.shapes, SPECIAL.boi, SPECIAL.image)
-    decoder = ImageDecoder(model.decoder, model.language.width, model.vision.width, tokenizer.shapes)
-    whole = MMInterleaved(model, language, tokenizer, decoder)
-    with torch.no_grad():
-        for name, parameter in whole.named_parameters():
-            parameter.copy_(randomise(name, parameter))
-    return whole
-
-
 def sharded_model(config):
     """This rank's sharded model with the same random weights."""
     from mmi_megatron.parallel.model import build_model
-    from mmi_megatron.parallel.plain import load_plain
 
-    twin = plain_model(config)
     model = build_model(config, SPECIAL)
-    load_plain(model.language_model, twin.language_model.state_dict())
-    model.visual_tokenizer.load_state_dict(twin.visual_tokenizer.state_dict())
-    model.image_decoder.load_state_dict(twin.image_decoder.state_dict())
+    load_random([model], plain_model(config, SPECIAL))
     return model
 
 
@@ -73,7 +42,7 @@ def plain_gradients(frozen: bool):
     from mmi_megatron.model.mm_interleaved import prepare
 
     config = small_config(frozen=frozen)
-    model = plain_model(config)
+    model = plain_model(config, SPECIAL)
     losses = model(prepare(random_batch(SEED), SPECIAL, config.model, torch.device("cpu")), SEED, 3)
     loss_of(losses, config).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -114,20 +83,6 @@ def sharded_gradients(tensor: int, frozen: bool, shard_images: bool, drop_maps: 
         groups.destroy()
 
 
-def assert_same_gradients(got, want):
-    """Each gradient to 1e-5 of its largest entry. A bias on the keys of an attention shifts all its
-    logits alike, so its gradient is zero but for rounding: it is only asked to stay that small."""
-    assert got.keys() == want.keys()
-    largest = {name: float(grad.abs().max()) for name, grad in want.items()}
-    rounding = 1e-6 * max(largest.values())
-    zero = {name for name, size in largest.items() if size < rounding}
-    assert all("key" in name and name.endswith("bias") for name in zero), f"no gradient: {sorted(zero)}"
-    for name, expected in want.items():
-        error = float((got[name] - expected).abs().max())
-        allowed = rounding if name in zero else 1e-5 * largest[name]
-        assert error < allowed, f"{name}: {error / largest[name]:.2e} of its largest entry"
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("tensor, shard_images", [(1, True), (2, True), (2, False)])
 def test_first_step_gradients_equal_the_plain_model(ranks, tensor, shard_images, frozen):
@@ -136,6 +91,37 @@ def test_first_step_gradients_equal_the_plain_model(ranks, tensor, shard_images,
         torch.testing.assert_close(got[0], tokens, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(got[1], images, atol=1e-5, rtol=1e-5)
         assert_same_gradients(got[2], want)
+
+
+def refusal(room: str, name: str, value: int) -> tuple[str, bool]:
+    """On a rank: why a layout is refused, and whether a process group had been started."""
+    import torch.distributed as dist
+
+    from mmi_megatron.errors import ConfigError
+    from mmi_megatron.parallel import groups
+
+    config = small_config()
+    setattr(getattr(config, room), name, value)
+    try:
+        groups.initialize(config)
+    except ConfigError as error:
+        return str(error), dist.is_initialized()
+    groups.destroy()
+    return "accepted", True
+
+
+@pytest.mark.parametrize(
+    ("room", "name", "value"),
+    [
+        ("parallel", "tensor", 3),
+        ("parallel", "optimizer_copies", 3),
+        ("train", "rows", 3),
+        ("train", "micro_rows", 3),
+    ],
+)
+def test_what_does_not_fit_the_world_is_refused_before_any_group_starts(ranks, room, name, value):
+    for said, started in ranks.run(2, refusal, room, name, value):
+        assert said.startswith(("parallel.", "train.rows")) and f"{value}" in said and not started
 
 
 def test_a_dropped_gradient_of_the_maps_is_seen(ranks):
@@ -206,7 +192,7 @@ def biased_gradients(tensor: int, sharded: bool):
     config.model.language.qkv_bias = True
     groups.initialize(config)
     try:
-        model = sharded_model(config) if sharded else plain_model(config)
+        model = sharded_model(config) if sharded else plain_model(config, SPECIAL)
         losses = model(prepare(random_batch(SEED), SPECIAL, config.model, torch.device("cpu")), SEED, 3)
         loss_of(losses, config).backward()
         language = model.language_model
