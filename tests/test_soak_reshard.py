@@ -17,7 +17,8 @@ pytestmark = pytest.mark.soak
 
 def test_written_anew_for_two_ranks_and_then_for_one(tmp_path):
     config = story_config(tmp_path)
-    config.train.steps, config.train.validate_every, config.train.sample_every = 2, 0, 0
+    config.train.steps, config.optimizer.warmup_steps = 2, 1
+    config.train.validate_every, config.train.sample_every = 0, 0
     config.train.timeout = 600
     run, other = tmp_path / "run", tmp_path / "other"
     assert launch.launch(config, run, ranks=1) == 0
