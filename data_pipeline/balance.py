@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -16,8 +17,12 @@ IMAGE = 1.25
 """Encoding and drawing an image, in units of its placeholder tokens: beside the 13B model at 512 pixels a
 side, ten drawn images cost about a third of a row of 2,048 tokens."""
 
-PARTNERS, EXCHANGES = 16, 4
-"""Bins that the fullest one may exchange with at a time; exchanges at most, for each bin."""
+PARTNERS, EXCHANGES = 64, 4
+"""Bins that the fullest one may exchange with at a time, from the emptiest to nearly the fullest; exchanges
+at most, for each bin."""
+
+PAIRS = 12
+"""Things of a bin up to which two may be exchanged at once; with more, one is enough."""
 
 
 def row_cost(row: Sequence[Part], settings: DataSettings) -> float:
@@ -30,8 +35,8 @@ def row_cost(row: Sequence[Part], settings: DataSettings) -> float:
 def balance(costs: Sequence[float], bins: int) -> list[list[int]]:
     """Deal things into bins of equal count and about equal cost.
 
-    Longest processing time first; then, while it helps, a thing of the fullest bin is exchanged for one
-    of another bin. As counts are equal, the first alone leaves a bin that got a heavy thing early
+    Longest processing time first; then, while it helps, one or two things of the fullest bin are exchanged
+    for as many of another bin. As counts are equal, the first alone leaves a bin that got a heavy thing early
     without light enough ones to make up for it.
 
     Args:
@@ -55,17 +60,27 @@ def balance(costs: Sequence[float], bins: int) -> list[list[int]]:
 
 
 def _exchange(costs: np.ndarray, held: np.ndarray, load: np.ndarray) -> None:
-    """Exchange things between the fullest bin and those with the least, in place, while that lowers it."""
-    for _ in range(EXCHANGES * len(held)):
-        high = int(load.argmax())
-        others = load.argsort(kind="stable")[:PARTNERS]
-        given, got = costs[held[high]][None, :, None], costs[held[others]][:, None, :]
-        less = given - got  # what the fullest bin gets rid of: [others, its things, their things]
-        fullest = np.maximum(load[high] - less, load[others][:, None, None] + less)
+    """Exchange one or two things between the fullest bin and another, in place, while that lowers it."""
+    bins, each = held.shape
+    sets = [*combinations(range(each), 1), *(combinations(range(each), 2) if each <= PAIRS else ())]
+    member = np.zeros((len(sets), each))
+    for row, own in zip(member, sets, strict=True):
+        row[list(own)] = 1.0
+    count = member.sum(1)
+    uneven = np.where(count[:, None] == count[None, :], 0.0, np.inf)
+    for _ in range(EXCHANGES * bins):
+        *order, high = load.argsort(kind="stable").tolist()
+        others = np.array(order)[np.unique(np.linspace(0, bins - 2, PARTNERS).astype(int))]
+        given, got = member @ costs[held[high]], costs[held[others]] @ member.T
+        less = (
+            given[None, :, None] - got[:, None, :]
+        )  # what the fullest bin gets rid of: [others, its, their]
+        fullest = np.maximum(load[high] - less, load[others][:, None, None] + less) + uneven
         low, mine, theirs = np.unravel_index(int(fullest.argmin()), fullest.shape)
         if fullest[low, mine, theirs] >= load[high] * (1 - 1e-9):
             return
         other = others[low]
-        held[high, mine], held[other, theirs] = held[other, theirs], held[high, mine]
+        for one, its in zip(sets[mine], sets[theirs], strict=True):
+            held[high, one], held[other, its] = held[other, its], held[high, one]
         load[high] -= less[low, mine, theirs]
         load[other] += less[low, mine, theirs]

@@ -150,8 +150,15 @@ def test_packing_fills_rows_at_lengths_like_mmc4(room, least):
 
 @pytest.mark.parametrize(
     ("room", "pairs", "each", "most"),
-    [(8192, 0, 4, 1.01), (2048, 0, 4, 1.02), (2048, 614, 6, 1.02)],
-    ids=["MMC4, 8192 tokens", "MMC4, 2048 tokens", "2:1:1:1, the paper's 384 rows"],
+    [
+        (8192, 0, 4, 1.01),
+        (2048, 0, 4, 1.02),
+        (2048, 614, 6, 1.02),
+        (2048, 614, 4, 1.02),
+        (2048, 341, 4, 1.02),
+    ],
+    ids=["MMC4, 8192 tokens", "MMC4, 2048 tokens", "2:1:1:1, the paper's 384 rows"]
+    + ["2:1:1:1, 256 rows", "2:1, 256 rows"],
 )
 def test_the_cost_of_64_ranks_is_even_at_lengths_like_mmc4(room, pairs, each, most):
     rng = np.random.default_rng(0)
