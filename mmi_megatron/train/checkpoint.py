@@ -243,12 +243,13 @@ def load(
     optimizer: ChainedOptimizer,
     scheduler: OptimizerParamScheduler,
     path: Address,
+    waiting: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Continue from a checkpoint written at any layout (collective).
 
     Weights, Adam's moments and step, the schedule's position and, at the layout it was written at,
     each rank's random states come back exactly. Learning rates, decay and the rest are the
-    configuration's.
+    configuration's. ``waiting`` is called again and again while this rank reads.
 
     Returns:
         The ``extra`` given to ``save``.
@@ -262,7 +263,7 @@ def load(
         _repair(part)
     sharded = _sharded_model(model)
     rest = _sharded_rest(sharded, model, optimizer, loading=True, random_states=same_layout)
-    state = fill(path, {"model": sharded} | rest)
+    state = fill(path, {"model": sharded} | rest, waiting)
     _set_model(model, state["model"])
     for part in parts(optimizer):
         part.load_parameter_state_from_fully_reshardable(state["optimizer"][_part_name(part)])

@@ -76,8 +76,9 @@ def shapes_of(index: Metadata) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.size) for key, value in tensors if isinstance(value, TensorStorageMetadata)}
 
 
-def fill(path: Address, state: dict) -> dict:
+def fill(path: Address, state: dict, waiting: Callable[[], object] = lambda: None) -> dict:
     """Megatron's load of sharded tensors (collective), refusing those that are missing or of another shape.
+    ``waiting`` is called again and again while this rank reads.
 
     Raises:
         CheckpointError: naming them.
@@ -98,20 +99,20 @@ def fill(path: Address, state: dict) -> dict:
             )
     with path.small_files_here("metadata.json", "common.pt") as here:
         return dist_checkpointing.load(
-            state, str(here), _Load(path.parent, index), strict=StrictHandling.ASSUME_OK_UNEXPECTED
+            state, str(here), _Load(path.parent, index, waiting), strict=StrictHandling.ASSUME_OK_UNEXPECTED
         )
 
 
 class _Load(megatron_strategies.TorchDistLoadShardedStrategy):
     """Megatron's strategy with a reader of our own."""
 
-    def __init__(self, folder: Folder, index: Metadata):
+    def __init__(self, folder: Folder, index: Metadata, waiting: Callable[[], object]):
         super().__init__()
-        self.folder, self.index = folder, index
+        self.folder, self.index, self.waiting = folder, index, waiting
 
     def load(self, sharded_state_dict: dict, checkpoint_dir: Path) -> dict:
         original = megatron_strategies._get_filesystem_reader
-        reader: Callable = lambda *_, **__: _Slices(self.folder, self.index)  # noqa: E731
+        reader: Callable = lambda *_, **__: _Slices(self.folder, self.index, self.waiting)  # noqa: E731
         megatron_strategies._get_filesystem_reader = reader
         try:
             return super().load(sharded_state_dict, checkpoint_dir)
@@ -125,11 +126,12 @@ class _Slices(FileSystemReader):
     Args:
         folder: of all checkpoints.
         index: as ``read_index`` gives it.
+        waiting: called before every few pieces.
     """
 
-    def __init__(self, folder: Folder, index: Metadata):
+    def __init__(self, folder: Folder, index: Metadata, waiting: Callable[[], object]):
         super().__init__(folder.local or "/")
-        self.folder, self.index = folder, index
+        self.folder, self.index, self.waiting = folder, index, waiting
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self.index
@@ -137,6 +139,7 @@ class _Slices(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         with ThreadPoolExecutor(1 if self.folder.local else AHEAD) as pool:
             for start in range(0, len(plan.items), AHEAD):  # as much as is in memory at a time
+                self.waiting()
                 items = plan.items[start : start + AHEAD]
                 for item, data in zip(items, pool.map(self._fetch, items), strict=True):
                     _give(item, data, planner)
