@@ -96,7 +96,9 @@ class Trainer:
         newest = checkpoint.latest(self.checkpoints.folder)
         if newest is None:
             return
-        extra = checkpoint.load(self.stages, self.optimizer, self.scheduler, newest)
+        extra = checkpoint.load(
+            self.stages, self.optimizer, self.scheduler, newest, waiting=self.watch.pulse.beat
+        )
         self.step = extra["step"]
         self.watch.load_state(extra["watch"])
         self.data.load_state(extra["data"])
@@ -294,14 +296,14 @@ def train(config: Config, out: Path, resume: bool = False, stop_after: int | Non
     Args:
         config: the run.
         out: its folder.
-        resume: continue from the newest complete checkpoint in ``out``.
+        resume: continue from the run's newest complete checkpoint.
         stop_after: stop, with a checkpoint, after this many steps of the whole run.
     """
     layout = groups.initialize(config)
     try:
         if layout.rank == 0:
             save_config(config, out / "config.yaml")
-        resume = resume and checkpoint.latest(out / "checkpoints") is not None
+        resume = resume and checkpoint.latest(config.train.checkpoints or out / "checkpoints") is not None
         trainer = Trainer(config, layout, out, fresh=not resume)
         with closing(trainer.data):
             if resume:
