@@ -103,10 +103,11 @@ def _trained(run: Path) -> tuple[Folder, Config]:
             f"{run}: no config.yaml in it; name a folder that `mmi train` or `mmi convert released` wrote"
         )
     config = load_config(run / "config.yaml")
-    newest = checkpoint.latest(run / "checkpoints")
+    folder = config.train.checkpoints or run / "checkpoints"
+    newest = checkpoint.latest(folder)
     if newest is None:
         raise ConfigError(
-            f"{run}: no complete checkpoint in {run / 'checkpoints'}; train it further "
+            f"{run}: no complete checkpoint in {folder}; train it further "
             f"(train.save_every={config.train.save_every})"
         )
     return newest, config
