@@ -8,7 +8,7 @@ minute of the machine slows both; given is the median of their ratios, and the q
 
 Two models: ``quickstart``, the preset, everything trained; and ``paper / 10``, the paper's proportions at a
 tenth of the language model's width: MMFS in one layer of four, heads and values narrower in proportion,
-images of 224 pixels with 64 tokens, language model and ViT frozen.
+images of 112 pixels with 64 tokens, language model and ViT frozen.
 
 Sections measured anew replace those of the same title in the day's file.
 """
@@ -49,20 +49,20 @@ RESULTS = Path(__file__).parent / "results"
 PAPER = [
     "model.language={width: 512, layers: 8, heads: 8, kv_heads: 8, ffn: 1376, vocabulary_multiple: 64}",
     "model.language.mmfs={heads: 4, value_width: 128}",
-    "model.vision={width: 128, layers: 6, heads: 4, ffn: 512}",
+    "model.vision={image_size: 112, width: 128, layers: 6, heads: 4, ffn: 512}",
     "model.vision.adapter={heads: 4, stem: 16, interactions: 3}",
     "model.vision.resampler={width: 96, layers: 4, heads: 4, ffn: 384}",
-    "model.decoder={image_size: 64, vae: null}",
+    "model.decoder={image_size: 32, vae: null}",
     "model.decoder.unet={channels: [32, 64, 128, 128], norm_groups: 8, head_width: 16}",
     "model.decoder.resampler={width: 128, heads: 4, ffn: 384}",
     "model.decoder.mmfs={heads: 4, points: 4, value_width: 64}",
-    "data.context_length=512",
+    "data.context_length=256",
     "train.recompute.language=none",
 ]
 """The paper's model, smaller; what is not named stays as it is at full size."""
 
 MODELS = {"quickstart": ("quickstart", []), "paper / 10": ("paper-13b", PAPER)}
-ROWS = {"quickstart": (8, 2), "paper / 10": (4, 1)}
+ROWS = {"quickstart": (4, 1), "paper / 10": (2, 1)}
 """Rows of a step and of a micro-batch."""
 OFF = ["model.language.mmfs.kind=none", "model.decoder.mmfs.kind=none"]
 FULL = ["model.vision.frozen=false", "model.language.frozen=false", "model.language.train_image_tokens=false"]
@@ -107,7 +107,7 @@ COMPARISONS = [
     Comparison("MMFS at TP2 + SP", 2, SEQUENCE, Way("queries in place", [BY_QUERIES]), Way("by heads", [])),
     Comparison("visual tokenizer at PP2", 2, PIPELINE, Way("one ahead", [AHEAD]), Way("in turn", [])),
 ]
-PAPER_SAYS = {"MMFS": "1.06"}
+PAPER_SAYS = {"MMFS": "1.06, FLOPs 1.02"}
 """Ratios of the paper (figure 6)."""
 
 COUNTED = [
@@ -201,12 +201,16 @@ def world(config: Config) -> Iterator[Any]:
         gc.collect()
 
 
-def timed(folder: str, model: str, ways: list[Way], steps: int) -> list[list[float]]:
-    """Seconds of every step of each way, taken in turns; the first step of each is left out."""
+def timed(folder: str, model: str, ways: list[Way], steps: int) -> tuple[list[list[float]], list[float]]:
+    """Seconds of every step of each way, taken in turns, and the FLOPs of each way's steps; the first step
+    of each is left out."""
     import torch.distributed as dist
+
+    from mmi_megatron.train.flops import count_step
 
     configs = [settings(folder, model, way) for way in ways]
     seconds: list[list[float]] = [[] for _ in ways]
+    flops = [0.0 for _ in ways]
     with world(configs[0]) as layout:
         trainings = [Training(config, layout) for config in configs]
         for step in range(steps + 1):
@@ -218,7 +222,8 @@ def timed(folder: str, model: str, ways: list[Way], steps: int) -> list[list[flo
                 dist.barrier()
                 if step:
                     seconds[index].append(time.perf_counter() - began)
-    return seconds
+                    flops[index] += sum(count_step(training.config, training.inputs).values())
+    return seconds, flops
 
 
 def acknowledged() -> int:
@@ -289,11 +294,12 @@ def _most() -> int:
 # Tables
 
 
-def on(ranks: int, function: Callable, *arguments: Any) -> list[Any]:
-    """Every rank's result, in fresh processes."""
-    pool = Ranks(ranks)
+@contextmanager
+def processes(most: int) -> Iterator[Callable[..., list[Any]]]:
+    """Fresh processes, and a function that returns what so many of them as ranks make of a call."""
+    pool = Ranks(most)
     try:
-        return pool.run(ranks, function, *arguments, timeout=900)
+        yield partial(pool.run, timeout=900)
     finally:
         pool.close()
 
@@ -310,45 +316,43 @@ def head(*cells: str) -> str:
 
 def times(model: str, folder: str, steps: int) -> Iterator[str]:
     """Ratios of times."""
-    yield head("", "ranks", "compared", "s a step", "ratio", "quarters", "paper")
-    for item in COMPARISONS:
-        one, other = on(item.ranks, timed, folder, model, item.ways, steps)[0]
-        ratios = [a / b for a, b in zip(one, other, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        yield row(
-            item.what,
-            item.ranks,
-            f"{item.one.name} / {item.other.name}",
-            f"{statistics.median(one):.3g} / {statistics.median(other):.3g}",
-            f"**{middle:.3f}**",
-            f"{low:.3f} to {high:.3f}",
-            PAPER_SAYS.get(item.what, ""),
-        )
+    yield head("", "ranks", "compared", "s a step", "ratio", "quarters", "model FLOPs", "paper")
+    with processes(2) as on:
+        for item in COMPARISONS:
+            (one, other), flops = on(item.ranks, timed, folder, model, item.ways, steps)[0]
+            ratios = [a / b for a, b in zip(one, other, strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            yield row(
+                item.what,
+                item.ranks,
+                f"{item.one.name} / {item.other.name}",
+                f"{statistics.median(one):.3g} / {statistics.median(other):.3g}",
+                f"**{middle:.3f}**",
+                f"{low:.3f} to {high:.3f}",
+                f"{flops[0] / flops[1]:.3f}",
+                PAPER_SAYS.get(item.what, ""),
+            )
 
 
 def traffics(folder: str, steps: int) -> Iterator[str]:
     """Bytes sent by group."""
     yield head("layout", "model", "rank", "group", "counted", "by the sizes", "ratio", "kernel / counted")
-    for model, ranks, way in COUNTED:
-        results = on(ranks, sent, folder, model, way)
-        rank = max(range(ranks), key=lambda rank: sum(results[rank][0].values()))
-        counted, sizes, arrived = results[rank]
-        for group in sorted(counted, key=lambda group: -counted[group]):
-            size = sizes.get(group, 0)
+    with processes(4) as on:
+        for model, ranks, way in COUNTED:
+            yield from _sent_rows(model, way.name, on(ranks, sent, folder, model, way))
+
+
+def _sent_rows(model: str, name: str, results: list[Any]) -> Iterator[str]:
+    rank = max(range(len(results)), key=lambda rank: sum(results[rank][0].values()))
+    counted, sizes, arrived = results[rank]
+    for group in sorted(counted, key=lambda group: -counted[group]):
+        size = sizes.get(group, 0)
+        if counted[group]:
             ratio = f"{counted[group] / size:.4f}" if size else ""
-            yield row(way.name, model, rank, group, f"{counted[group]:,.0f}", f"{size:,.0f}", ratio, "")
-        whole = sum(counted.values())
-        sizes_whole = sum(sizes.values())
-        yield row(
-            way.name,
-            model,
-            rank,
-            "all",
-            f"{whole:,.0f}",
-            f"{sizes_whole:,.0f}",
-            f"**{whole / sizes_whole:.4f}**",
-            f"{arrived / whole:.3f}",
-        )
+            yield row(name, model, rank, group, f"{counted[group]:,.0f}", f"{size:,.0f}", ratio, "")
+    whole, by_sizes = sum(counted.values()), sum(sizes.values())
+    ratio = f"**{whole / by_sizes:.4f}**"
+    yield row(name, model, rank, "all", f"{whole:,.0f}", f"{by_sizes:,.0f}", ratio, f"{arrived / whole:.3f}")
 
 
 def memories(folder: str, steps: int) -> Iterator[str]:
@@ -358,7 +362,8 @@ def memories(folder: str, steps: int) -> Iterator[str]:
     yield head("model", "trained", *names, "process grew by", "at most")
     rows = []
     for name, overrides in (("all but LLM and ViT", []), ("everything", FULL)):
-        [held_by] = on(1, held, folder, "paper / 10", Way(name, [*SINGLE, *overrides]))
+        with processes(1) as on:
+            [held_by] = on(1, held, folder, "paper / 10", Way(name, [*SINGLE, *overrides]))
         whole = sum(held_by[part] for part in ("parameters", "gradients", "optimizer"))
         rows.append((whole, held_by["process"], held_by["most"]))
         values = [*(held_by[part] for part in parts), *rows[-1]]
@@ -386,7 +391,8 @@ SECTIONS: dict[str, tuple[Callable[[str, int], Iterator[str]], str]] = {
     **{
         f"Time of a step, {model}": (
             partial(times, model),
-            "Steps of the two ways in turns: median seconds of each, median and quartiles of the ratio.",
+            "Steps of the two ways in turns: median seconds of each, median and quartiles of the "
+            "ratio; and the ratio of the model's FLOPs (mmi_megatron/train/flops.py).",
         )
         for model in MODELS
     },
