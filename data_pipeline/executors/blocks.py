@@ -13,6 +13,8 @@ import os
 import tempfile
 import threading
 import weakref
+from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,26 +53,35 @@ class Block:
 
 
 class Blocks:
-    """The blocks of an executor. Safe in threads."""
+    """The blocks of an executor. Safe in threads.
+
+    Arrays may be collected, and ``give`` called, at any point of any thread, also while that thread holds the
+    lock: so it takes none.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.free: dict[int, list[Block]] = {}
+        self.given: deque[Block] = deque()
         self.made = 0
 
-    def take(self, nbytes: int) -> Block:
-        """A block that holds at least so many bytes in two arrays."""
+    def take(self, nbytes: int, known: Collection[int] = ()) -> Block:
+        """A block that holds at least so many bytes in two arrays; one of those known, if it is free: a
+        process pays for every page of a block that it has not met."""
         size = max(SMALLEST, 1 << (nbytes + 2 * ALIGN - 1).bit_length())
         with self.lock:
-            if self.free.get(size):
-                return self.free[size].pop()
+            while self.given:
+                block = self.given.popleft()
+                self.free.setdefault(block.size, []).append(block)
+            free = self.free.get(size)
+            if free:
+                return free.pop(next((i for i, block in enumerate(free) if block.number in known), -1))
             self.made += 1
             return Block.make(self.made, size)
 
     def give(self, block: Block) -> None:
         """Take a block back that nothing uses any more."""
-        with self.lock:
-            self.free.setdefault(block.size, []).append(block)
+        self.given.append(block)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         """Like ``numpy.empty``, on memory that was used before: fresh pages take time to be cleared."""

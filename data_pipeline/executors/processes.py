@@ -148,7 +148,7 @@ class Processes:
             job = self._next_job()
             if job is None:
                 return
-            block = self.blocks.take(job.task.nbytes)
+            block = self.blocks.take(job.task.nbytes, worker.known)
             try:
                 worker.ask(job, block, self.setup.settings.task_timeout)
             except OSError:
