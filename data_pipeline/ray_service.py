@@ -74,7 +74,12 @@ class Feeder:
         """
         self.asked = time.monotonic()
         stream = Stream(self.settings, "train", global_rows)
+        if state is not None:
+            stream.load_state(state)
         with self.lock:
+            if self.executor is not None and self.executor.failure is not None:
+                self.executor.close()  # an earlier trainer has been told why
+                self.executor = None
             self.executor = self.executor or RayActors(setup_of(stream))
             for name, (other, _) in list(self.feeds.items()):
                 if name == client or other.division.ranks != division.ranks:  # of an earlier trainer
@@ -83,37 +88,39 @@ class Feeder:
             feed = Feed(stream, division, self.executor)
             self.feeds[client] = feed, threading.Lock()
             self.shares.pop(client, None)
-        if state is not None:
-            feed.load_state(state)
         return feed.state()
 
     def next(self, client: str, number: int) -> Share:
         """A rank's share of the step of that number, which follows the last one asked for, or is it."""
-        self.asked = time.monotonic()
-        feed, lock = self.feeds[client]
+        feed, lock = self._feed(client)
         with lock:
             last = self.shares.get(client)
             if last is None or last.number != number:
                 self.shares[client] = last = feed.next()
             if last.number != number:
-                raise DataError(f"feeder: step {number} asked for, the next is {last.number}; open it again")
+                raise DataError(
+                    f"feeder: {client} asks for step {number}, the next is {last.number}; is there another "
+                    "run with the same data settings on this node?"
+                )
             return last
 
-    def again(self, client: str, index: int) -> Produced:
-        """A micro-batch of the last share made once more."""
-        feed, lock = self.feeds[client]
+    def again(self, client: str, number: int, index: int) -> Produced:
+        """A micro-batch of the share of that step made once more; this feeder may be a new one, which has
+        not made it yet."""
+        self.next(client, number)
+        feed, lock = self._feed(client)
         with lock:
             return feed.again(index)
 
     def validation(self, client: str, *arguments: Any) -> list[Produced]:
         """See ``Feed.validation``."""
-        feed, lock = self.feeds[client]
+        feed, lock = self._feed(client)
         with lock:
             return feed.validation(*arguments)
 
     def heldout(self, client: str, documents: int) -> Batch:
         """See ``Feed.heldout``."""
-        feed, lock = self.feeds[client]
+        feed, lock = self._feed(client)
         with lock:
             return feed.heldout(documents)
 
@@ -130,7 +137,7 @@ class Feeder:
 
     def settle(self, client: str) -> None:
         """See ``Feed.settle``."""
-        self.feeds[client][0].settle()
+        self._feed(client)[0].settle()
 
     def lost(self) -> int:
         """Actors replaced so far."""
@@ -139,6 +146,16 @@ class Feeder:
     def workers(self) -> list[tuple[str, int]]:
         """Node and process of each actor that is up."""
         return [a.where for a in self.executor.actors if a.where] if self.executor else []
+
+    def _feed(self, client: str) -> tuple[Feed, threading.Lock]:
+        self.asked = time.monotonic()
+        with self.lock:
+            if client not in self.feeds:
+                raise DataError(
+                    f"feeder: {client} is not open; has a trainer with another number of ranks and the same "
+                    "data settings begun on this node?"
+                )
+            return self.feeds[client]
 
     def _end_when_idle(self) -> None:
         while time.monotonic() - self.asked < IDLE:
@@ -181,7 +198,7 @@ class RemoteFeed:
             Produced(_own(batch), np.empty(0), [], {}, pixels)
             for batch, pixels in zip(share.batches, share.pixels, strict=True)
         ]
-        batches = [self._fetched(index, produced).batch for index, produced in enumerate(made)]
+        batches = [self._fetched(number, index, produced).batch for index, produced in enumerate(made)]
         self._state = share.state
         self._asked = self.feeder.next.remote(self.client, number + 1)
         return replace(share, batches=batches, pixels=[], checksums=np.array(share.checksums))
@@ -229,7 +246,7 @@ class RemoteFeed:
         with suppress(ray.exceptions.RayError):  # it is lost, and its actors with it
             ray.get(self.feeder.leave.remote(self.client), timeout=LEAVE)
 
-    def _fetched(self, index: int, produced: Produced) -> Produced:
+    def _fetched(self, number: int, index: int, produced: Produced) -> Produced:
         """A micro-batch with its pixels; made again when they were lost with their node."""
         for _ in range(RETRIES):
             try:
@@ -238,7 +255,7 @@ class RemoteFeed:
                 log.warning(
                     "pixels were lost on the way (%s); they are made again", str(error).split("\n")[0]
                 )
-                again = self._call("again", self.client, index)
+                again = self._call("again", self.client, number, index)
                 produced = replace(produced, pixels=again.pixels)
         raise DataError(f"pixels were lost {RETRIES} times on their way from the data service")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from data_pipeline.feed import Division
@@ -165,3 +166,38 @@ def test_validation_and_held_out_documents_come_over_ray(tmp_path, cluster):
     stream = Stream(settings)
     expected = stream.row_of(stream.heldout_documents(3))
     assert feed.heldout(3).tokens.tolist() == expected.tokens.tolist()
+
+
+def test_a_cluster_without_room_is_an_error_by_name(mixed, monkeypatch):
+    from data_pipeline.errors import DataError
+    from data_pipeline.executors import ray_actors
+    from data_pipeline.feed import setup_of
+    from data_pipeline.ray_service import connect
+    from data_pipeline.stream import Stream
+
+    class Greedy(ray_actors.RayActors):
+        def _start(self):
+            self.options["num_cpus"] = 1000
+            return super()._start()
+
+    connect(mixed)
+    monkeypatch.setattr(ray_actors, "START", 3.0)
+    stream = Stream(mixed, global_rows=ROWS)
+    executor = Greedy(setup_of(stream))
+    try:
+        with pytest.raises(DataError, match="no data actor came up within 3 s"):
+            executor.submit(stream.next().task([0])).result(timeout=60)
+    finally:
+        executor.close()
+
+
+def test_memory_of_a_trainer_does_not_grow_over_two_thousand_steps(mixed):
+    """Private memory: pixels in the object store are shared with it."""
+    (feed,) = remote(mixed)
+    held = {}
+    for number in range(2001):
+        feed.next()
+        if number in (500, 2000):
+            held[number] = psutil.Process().memory_full_info().uss
+    print(f"{held[500] >> 20} MiB after 500 steps, {held[2000] >> 20} MiB after 2000")
+    assert held[2000] < held[500] + (8 << 20)

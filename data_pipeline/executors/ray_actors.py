@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.executors import ATTEMPTS, Job, Setup, settle
+from data_pipeline.executors import ATTEMPTS, Job, Setup, collect_rarely, settle
+from data_pipeline.executors.blocks import Blocks
 from data_pipeline.optional import ray
 from data_pipeline.task import Produced, Task
 
@@ -27,6 +28,9 @@ RESOURCE = "mmi_data"
 
 DEPTH = 2
 """Tasks an actor has been given at a time: one to work on, one so that it need not wait."""
+
+START = 300.0
+"""Seconds after which it is an error that no actor has come up: the cluster may have no room."""
 
 PULSE = 0.2
 """Seconds after which slow actors are looked for."""
@@ -39,7 +43,8 @@ class Maker:
 
     def start(self, setup: Setup) -> tuple[str, int]:
         """Load what is needed; raises what ``Setup.producer`` raises. Its node and its process."""
-        self.producer = setup.producer()
+        self.producer = setup.producer(empty=Blocks().empty)  # Ray copies the pixels to its object store
+        collect_rarely()
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def make(self, task: Task) -> tuple[Produced, tuple[np.ndarray, np.ndarray]]:
@@ -51,7 +56,7 @@ class Maker:
 @dataclass(eq=False)
 class Actor:
     """An actor: its handle; the reference to its start, while it starts; then its node and its process;
-    its jobs with their two references, in order; and since when it is at the first."""
+    its jobs with their two references, in order; and since when it is at the first, or is starting."""
 
     handle: Any
     starting: Any
@@ -79,6 +84,7 @@ class RayActors:
         self.waiting: deque[Job] = deque()
         self.failure: BaseException | None = None
         self.lost = 0
+        self.stillborn = 0
         self.actors = [self._start() for _ in range(self.settings.workers)]
         self.thread = threading.Thread(target=self._run, name="mmi-data-collect", daemon=True)
         self.thread.start()
@@ -104,7 +110,7 @@ class RayActors:
 
     def _start(self) -> Actor:
         handle = ray.remote(Maker).options(**self.options).remote()
-        return Actor(handle, handle.start.remote(self.setup))
+        return Actor(handle, handle.start.remote(self.setup), since=time.monotonic())
 
     def _dispatch(self) -> None:
         """Give waiting jobs to the actors that have least to do."""
@@ -140,6 +146,12 @@ class RayActors:
         with self.lock:
             for reference in done:
                 self._done(watched[reference], reference)
+            begun = time.monotonic() - START
+            if all(actor.starting is not None and actor.since < begun for actor in self.actors):
+                raise DataError(
+                    f"no data actor came up within {START:g} s; each needs 1 CPU {self.options['resources']} "
+                    "of the Ray cluster: see `ray status`"
+                )
             late = time.monotonic() - self.settings.task_timeout
             for actor in [a for a in self.actors if a.jobs and a.since < late]:
                 self._replace(actor, f"took more than data.task_timeout={self.settings.task_timeout} seconds")
@@ -158,7 +170,7 @@ class RayActors:
         if actor.starting is not None:
             if isinstance(answer, Exception):
                 raise answer
-            actor.starting, actor.where = None, answer
+            actor.starting, actor.where, self.stillborn = None, answer, 0
             return
         job, _, pixels = actor.jobs.popleft()
         actor.since = time.monotonic()
@@ -173,6 +185,9 @@ class RayActors:
         log.warning("a data actor was lost (%s); another takes its place", why)
         ray.kill(actor.handle)
         self.lost += 1
+        self.stillborn += actor.starting is not None
+        if self.stillborn == ATTEMPTS * len(self.actors):
+            raise DataError(f"{self.stillborn} data actors in a row could not start: the last {why}")
         jobs = [job for job, _, _ in actor.jobs]
         if jobs:
             jobs[0].lost += 1

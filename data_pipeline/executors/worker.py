@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.executors import Setup
+from data_pipeline.executors import Setup, collect_rarely
 from data_pipeline.executors.blocks import ALIGN, Place
 from data_pipeline.task import Produced, Task
 
@@ -62,6 +62,7 @@ def serve(connection: Connection) -> None:
     except Exception as error:
         connection.send(error)
         return
+    collect_rarely()
     connection.send(None)
     while True:
         task, number, size, fresh = connection.recv()

@@ -1,0 +1,116 @@
+"""The feeder of a node of trainers, without Ray: threads stand in for its actors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data_pipeline import ray_service
+from data_pipeline.errors import DataError, ResumeError
+from data_pipeline.executors import Setup, Threads
+from data_pipeline.feed import Division
+from data_pipeline.ray_service import Feeder
+from data_pipeline.stream import Stream
+from tests.data_soak import ROWS, feeds, mixed_settings
+
+ONE, BOTH = Division(0, 1, 1, ROWS), [Division(rank, 2, 1, ROWS // 2) for rank in range(2)]
+
+
+class Actors(Threads):
+    """What ``RayActors`` has beside ``Executor``."""
+
+    made: list[Actors]
+
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
+        self.failure: BaseException | None = None
+        self.closed = False
+        self.made.append(self)
+
+    def close(self) -> None:
+        super().close()
+        self.closed = True
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    return replace(mixed_settings(tmp_path_factory.mktemp("feeder")), workers=1)
+
+
+@pytest.fixture
+def feeder(mixed, monkeypatch):
+    monkeypatch.setattr(Actors, "made", [], raising=False)
+    monkeypatch.setattr(ray_service, "RayActors", Actors)
+    monkeypatch.setattr(Feeder, "_end_when_idle", lambda self: None)
+    yield Feeder(mixed)
+    for executor in Actors.made:
+        executor.close()
+
+
+@pytest.fixture(scope="module")
+def expected(mixed):
+    (feed,) = feeds(mixed, "inline")
+    return [feed.next() for _ in range(5)]
+
+
+def test_the_last_rank_that_leaves_gives_the_actors_back(feeder, mixed, expected):
+    for division in BOTH:
+        feeder.open(str(division.rank), division, ROWS, None)
+    shares = [feeder.next(str(rank), 0) for rank in range(2)]
+    assert (sum(share.spread() for share in shares) == expected[0].spread()).all()
+    (executor,) = Actors.made
+    feeder.leave("0")
+    feeder.leave("0")  # a rank may leave twice
+    assert not executor.closed
+    assert feeder.next("1", 1).number == 1
+    feeder.leave("1")
+    assert executor.closed and feeder.executor is None and not feeder.feeds and not feeder.shares
+    with pytest.raises(DataError, match="1 is not open"):
+        feeder.next("1", 2)
+    feeder.open("1", BOTH[1], ROWS, None)
+    assert len(Actors.made) == 2
+
+
+def test_a_step_is_handed_over_again_and_another_one_is_refused_without_loss(feeder, expected):
+    feeder.open("a", ONE, ROWS, None)
+    assert feeder.next("a", 0).checksums.tolist() == expected[0].checksums.tolist()
+    assert feeder.next("a", 0).number == 0  # the answer was lost
+    with pytest.raises(DataError, match="asks for step 7, the next is 1"):
+        feeder.next("a", 7)
+    assert feeder.next("a", 1).checksums.tolist() == expected[1].checksums.tolist()
+
+
+def test_pixels_are_made_again_by_a_feeder_that_has_made_nothing_yet(feeder, expected):
+    """The feeder was lost after it had answered, and the pixels with it: they were its own."""
+    feeder.open("a", ONE, ROWS, expected[2].state)
+    again = feeder.again("a", 3, 5)
+    assert np.array_equal(again.batch.images, expected[3].batches[5].images)
+    assert feeder.next("a", 3).checksums.tolist() == expected[3].checksums.tolist()
+    assert feeder.next("a", 4).number == 4
+
+
+def test_a_trainer_with_another_number_of_ranks_takes_over(feeder, expected):
+    for division in BOTH:
+        feeder.open(str(division.rank), division, ROWS, None)
+    feeder.next("0", 0)
+    feeder.open("a", ONE, ROWS, expected[0].state)
+    assert feeder.next("a", 1).checksums.tolist() == expected[1].checksums.tolist()
+    with pytest.raises(DataError, match="0 is not open"):
+        feeder.next("0", 1)
+
+
+def test_a_position_that_is_refused_leaves_no_actors_behind(feeder, mixed):
+    state = Stream(replace(mixed, seed=9), global_rows=ROWS).state()
+    with pytest.raises(ResumeError, match="seed"):
+        feeder.open("a", ONE, ROWS, state)
+    assert not Actors.made and not feeder.feeds
+
+
+def test_actors_that_have_failed_are_replaced_for_the_next_trainer(feeder, expected):
+    feeder.open("a", ONE, ROWS, None)
+    Actors.made[0].failure = DataError("no room")
+    feeder.open("a", ONE, ROWS, None)
+    assert Actors.made[0].closed and not Actors.made[1].closed
+    assert feeder.next("a", 0).checksums.tolist() == expected[0].checksums.tolist()
