@@ -38,6 +38,26 @@ TURNS = {2: "h", 3: "rr", 4: "v", 5: "t", 6: "r", 7: "rrt", 8: "rrr"}
 """What an EXIF orientation takes to stand upright: h, v mirror, r a quarter to the right, t transpose."""
 
 
+class Room(threading.local):
+    """Memory of a thread, used again and again: fresh pages cost as much as a resize."""
+
+    def __init__(self) -> None:
+        self._whole = np.empty(0, np.uint8)
+        self._squares: dict[int, np.ndarray] = {}
+
+    def whole(self, size: int) -> np.ndarray:
+        """At least so many bytes."""
+        if self._whole.size < size:
+            self._whole = np.empty(1 << (size - 1).bit_length(), np.uint8)
+        return self._whole
+
+    def square(self, size: int) -> np.ndarray:
+        """uint8 [size, size, 3]."""
+        if size not in self._squares:
+            self._squares[size] = np.empty((size, size, 3), np.uint8)
+        return self._squares[size]
+
+
 class Decoder:
     """Images to squares of pixels.
 
@@ -66,7 +86,7 @@ class Decoder:
             cv2, simplejpeg = _turbo()
             versions += [f"simplejpeg {simplejpeg.__version__}", f"opencv {cv2.__version__}"]
         self.fingerprint = ", ".join([self.name, *versions])
-        self._own = threading.local()
+        self._room = Room()
 
     def squares(self, blob: bytes, out: Sequence[np.ndarray], view: View = CENTER) -> None:
         """Decode once and write a square at every size asked for.
@@ -79,7 +99,7 @@ class Decoder:
         Raises:
             BadSample: when it cannot be decoded to the end, or has more than ``max_pixels``.
         """
-        target = max(square.shape[-1] for square in out)
+        target = max([square.shape[-1] for square in out])
         target = math.ceil(target / view.side)  # of the whole picture: what it is reduced to
         pixels = self._turbo(blob, target) if self.name == "turbo" and blob[:2] == b"\xff\xd8" else None
         if pixels is None:
@@ -89,17 +109,7 @@ class Decoder:
                 _planes(np.asarray(_square(image, square.shape[-1], way, view)), square, view)
             return
         for square in out:
-            size = square.shape[-1]
-            _resize_turbo(pixels, square, self._scratch((size, size, 3), "square"), view)
-
-    def _scratch(self, shape: tuple[int, ...], name: str) -> np.ndarray:
-        """Memory of this thread, used again and again: fresh pages cost as much as a resize."""
-        size = math.prod(shape)
-        held = getattr(self._own, name, None)
-        if held is None or held.size < size:
-            held = np.empty(1 << (size - 1).bit_length(), np.uint8)
-            setattr(self._own, name, held)
-        return held[:size].reshape(shape)
+            _resize_turbo(pixels, square, self._room.square(square.shape[-1]), view)
 
     def _pillow(self, blob: bytes, target: int) -> tuple[Image.Image, bool]:
         image = open_image(blob, self.max_pixels)
@@ -117,9 +127,12 @@ class Decoder:
                 return None
             factor = reduction((width, height), target)
             rows, columns = -(-height // factor), -(-width // factor)
-            room = self._scratch((rows, columns, 3), "whole")
-            least = {"min_height": rows, "min_width": columns} if factor > 1 else {}
-            pixels = simplejpeg.decode_jpeg(blob, "RGB", min_factor=float(factor), buffer=room, **least)
+            room = self._room.whole(3 * rows * columns)
+            if factor == 1:
+                pixels = simplejpeg.decode_jpeg(blob, "RGB", buffer=room)
+            else:
+                least = {"min_height": rows, "min_width": columns, "min_factor": float(factor)}
+                pixels = simplejpeg.decode_jpeg(blob, "RGB", buffer=room, **least)
         except ValueError:
             return None
         return _turned(pixels, TURNS.get(_orientation(blob), ""))
@@ -127,7 +140,10 @@ class Decoder:
 
 def reduction(size: tuple[int, int], target: int) -> int:
     """1, or by how much to reduce a JPEG of that size while decoding it for squares of ``target``."""
-    return next((factor for factor in REDUCTIONS if min(size) // factor >= OVERSIZE * target), 1)
+    most = min(size) // (OVERSIZE * target)
+    if most < REDUCTIONS[-1]:
+        return 1
+    return next(factor for factor in REDUCTIONS if factor <= most)
 
 
 def open_image(blob: bytes, max_pixels: int) -> Image.Image:

@@ -113,6 +113,8 @@ class Mix:
 
     def next_source(self, drawn: list[int]) -> int:
         """Source of the next sample; since the change, each has had its share to within one."""
+        if len(drawn) == 1:
+            return 0
         return next_source([n - base for n, base in zip(drawn, self.drawn, strict=True)], self.weights)
 
 

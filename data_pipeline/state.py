@@ -147,7 +147,11 @@ def pixel_sums(images: np.ndarray) -> np.ndarray:
     Returns:
         uint64 [...].
     """
+    return np.add.reduce(pixel_words(images), -1, np.uint64)
+
+
+def pixel_words(images: np.ndarray) -> np.ndarray:
+    """What ``pixel_sums`` adds up, without a copy where possible: [..., words]."""
     *leading, height, width = images.shape
     flat = images.reshape(*leading, height * width)
-    words = flat.view(np.uint64) if height * width % 8 == 0 and flat.flags.c_contiguous else flat
-    return words.sum(-1, dtype=np.uint64)
+    return flat.view(np.uint64) if height * width % 8 == 0 and flat.flags.c_contiguous else flat

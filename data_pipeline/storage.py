@@ -325,11 +325,11 @@ class Storage:
 
 
 class LocalFiles:
-    """Files of this machine that ranges are read of; each is opened once, as that costs more than to read
-    a short range. For use by one thread, and not for long: close it."""
+    """Files of this machine that ranges are read of; each is opened and its ETag checked once, as that
+    costs more than to read a short range. For use by one thread, and not for long: close it."""
 
     def __init__(self) -> None:
-        self._open: dict[str, int] = {}
+        self._open: dict[tuple[str, str], int] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -342,19 +342,27 @@ class LocalFiles:
         """The bytes, or what is wrong with the file."""
         url, offset, size, etag = wanted
         try:
-            handle = self._open.get(url)
+            handle = self._open.get((url, etag))
             if handle is None:
-                if len(self._open) == MOST_OPEN:
-                    os.close(self._open.pop(next(iter(self._open))))
-                handle = self._open[url] = os.open(local_path(url), os.O_RDONLY)
-            if etag and _etag(os.fstat(handle)) != etag:
-                return BadSample("shard has changed", f"{url}: written to since it was indexed")
+                handle = self._opened(url, etag)
             blob = os.pread(handle, size, offset)
         except OSError as error:
             return BadSample("shard cannot be read", str(error))
+        except BadSample as bad:
+            return bad
         if len(blob) != size:
             return BadSample("shard has changed", f"{len(blob)} of {size} bytes at {offset}")
         return blob
+
+    def _opened(self, url: str, etag: str) -> int:
+        if len(self._open) == MOST_OPEN:
+            os.close(self._open.pop(next(iter(self._open))))
+        handle = os.open(local_path(url), os.O_RDONLY)
+        if etag and _etag(os.fstat(handle)) != etag:
+            os.close(handle)
+            raise BadSample("shard has changed", f"{url}: written to since it was indexed")
+        self._open[url, etag] = handle
+        return handle
 
 
 class StoredFile:

@@ -44,7 +44,7 @@ class Tokenizer:
         """Ids of a text, structural tokens neither added nor read."""
         # BPE never builds a structural token from characters; other models of a foreign file might.
         ids = self._backend.encode(text, add_special_tokens=False).ids
-        return [token for token in ids if token not in self._structural]
+        return ids if self._structural.isdisjoint(ids) else [t for t in ids if t not in self._structural]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, structural tokens left out."""
