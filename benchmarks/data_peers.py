@@ -1,12 +1,19 @@
 """Our data service beside five others, on the same shards, with the same fast decoder: images a CPU-second.
 
-    pip install -e .[bench]        # and Mosaic Streaming in an environment of its own
-    python benchmarks/data_peers.py FOLDER [--streaming-python PATH] [--out results/FILE.md]
+    pip install -e .[bench]
+    python -m venv STREAMING       # Mosaic Streaming's pins do not agree with ours
+    STREAMING/bin/pip install mosaicml-streaming torch torchvision simplejpeg opencv-python-headless psutil
+    python benchmarks/data_peers.py FOLDER --streaming-python STREAMING/bin/python [--out FILE.md]
 
 Each peer runs in a process of its own, two workers, batches of 64, nothing shuffled, and only decodes,
-crops and resizes; ours also plans, encodes text, packs, masks, and checks. CPU-seconds are those of the
-process and all its children, from the first batch to the last, as a ratio to the raw decode limit that
-the same process measures just before and just after.
+crops and resizes, with the same two library calls everywhere; litData and Mosaic Streaming read their own
+format, made of the same images, the others the tar files. Ours also plans, shuffles, encodes text, packs,
+masks, and checks.
+
+CPU-seconds are those of the process and all its children while ``COUNTED`` images come out, after the first
+``SKIPPED`` and well before the last, so that as much is under way at the end as at the beginning. The ratio
+is to the raw decode limit that the same process measures just before and just after. Rounds go over all
+peers in turn.
 """
 
 from __future__ import annotations
@@ -16,11 +23,13 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +39,7 @@ import psutil
 import simplejpeg
 
 SIZE, BATCH, WORKERS = 224, 64, 2
+IMAGES, SKIPPED, COUNTED = 6000, 1000, 4000
 
 
 def decode(blob: bytes) -> np.ndarray:
@@ -137,16 +147,16 @@ def energon(shards: list[str], folder: Path) -> Iterator[int]:
 
 
 def ray_data(shards: list[str], folder: Path) -> Iterator[int]:
-    """Ray Data over a list of shards, each read by a task with prebuilt offsets not in use."""
+    """Ray Data: map_batches over a list of shards."""
     import ray
 
     ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
 
-    def images(row: dict) -> list[dict]:
-        return [{"image": decode(blob)} for blob, _ in _members([row["shard"]])]
+    def images(batch: dict) -> dict:
+        return {"image": np.stack([decode(blob) for blob, _ in _members(batch["shard"].tolist())])}
 
     data = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-    for batch in data.flat_map(images).iter_batches(batch_size=BATCH):
+    for batch in data.map_batches(images, batch_size=1).iter_batches(batch_size=BATCH):
         yield len(batch["image"])
 
 
@@ -178,12 +188,9 @@ def ours(executor: str) -> Callable[[list[str], Path], Iterator[int]]:
         from data_pipeline.feed import Division, open_feed
 
         settings = bench_settings(folder, executor, WORKERS, "turbo")
-        total = len(list(_members(shards)))
         with open_feed(settings, Division(0, 1, 1, 1), 1) as feed:
-            done = 0
-            while done < total:
+            while True:
                 for batch in feed.next().batches:
-                    done += len(batch.images)
                     yield len(batch.images)
 
     return run
@@ -208,18 +215,26 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     blobs = [blob for blob, _ in _members(shards[:1])][:200]
     before = raw(blobs)
     batches = PEERS[name](shards, folder)
-    next(batches)  # everything is up
+    _take(batches, SKIPPED)
     started, wall = tree_seconds(), time.perf_counter()
-    images = sum(batches)
+    images = _take(batches, COUNTED)
     seconds, wall = tree_seconds() - started, time.perf_counter() - wall
+    time.sleep(1.0)  # what is made ahead is made
     limit = 2 / (1 / before + 1 / raw(blobs))
     return {
-        "images": images,
         "a CPU-second": images / seconds,
         "a second": images / wall,
         "raw": limit,
         "ratio": images / seconds / limit,
     }
+
+
+def _take(batches: Iterator[int], images: int) -> int:
+    """So many images, and those that come with the last of them."""
+    taken = 0
+    while taken < images:
+        taken += next(batches)
+    return taken
 
 
 def raw(blobs: list[bytes], repeat: int = 4) -> float:
@@ -264,24 +279,61 @@ def _stacked(samples: list) -> np.ndarray:
     return np.stack([image for image, _ in samples])
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """The results in Markdown, with date and machine."""
+VERSIONS = {
+    "litdata": "litdata",
+    "webdataset": "webdataset",
+    "ray data": "ray",
+    "energon": "megatron-energon",
+    "streaming": "mosaicml-streaming",
+}
+"""Distribution of each peer."""
+
+
+def table(found: dict[str, list[dict[str, float]]], versions: dict[str, str], command: str) -> str:
+    """The results in Markdown, with date and machine: medians over the rounds."""
     cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    rounds = max(len(rows) for rows in found.values())
+    middle = {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        for name, rows in found.items()
+    }
     lines = [
         f"# Data pipelines on the same shards, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "",
-        f"{os.cpu_count()} cores,{cpu.partition(':')[2]}, load {os.getloadavg()[0]:.0f}; Python "
-        f"{platform.python_version()}; commit {commit.stdout.strip()}. Two workers, 480 x 360 JPEGs of "
-        "about 41 KB, decoded by simplejpeg, resized by OpenCV to 224.",
+        f"{os.cpu_count()} cores,{cpu.partition(':')[2]}, load average {os.getloadavg()[0]:.1f}; Python "
+        f"{platform.python_version()}, simplejpeg {version('simplejpeg')}, OpenCV {cv2.__version__}; commit "
+        f"{commit.stdout.strip()}. Two workers, 480 x 360 JPEGs of about 41 KB to 224 x 224, {COUNTED} "
+        f"images counted; medians of {rounds} rounds. `{command}`.",
         "",
-        "| pipeline | images a CPU-second | images a second | raw limit | ratio |",
-        "|---|---|---|---|---|",
+        "| pipeline | images a CPU-second | images a second | raw limit | ratio | least and most |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, row in sorted(rows.items(), key=lambda item: -item[1]["ratio"]):
+    for name, row in sorted(middle.items(), key=lambda item: -item[1]["ratio"]):
         values = [f"{row[key]:.0f}" for key in ("a CPU-second", "a second", "raw")]
-        lines.append(f"| {name} | {' | '.join(values)} | {row['ratio']:.2f} |")
+        ratios = [one["ratio"] for one in found[name]]
+        label = f"{name} {versions.get(name, '')}".strip()
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        lines.append(f"| {label} | {' | '.join(values)} | {row['ratio']:.2f} | {spread} |")
+    if "energon" in middle:
+        over = [
+            f"{name.partition(', ')[2]} {row['ratio'] / middle['energon']['ratio']:.2f}"
+            for name, row in middle.items()
+            if name.startswith("ours")
+        ]
+        lines += ["", f"Ours over Energon: {', '.join(over)}."]
     return "\n".join(lines) + "\n"
+
+
+def _versions(streaming_python: str) -> dict[str, str]:
+    """Of the peers."""
+    ask = "import sys; from importlib.metadata import version; print(version(sys.argv[1]))"
+    found = {}
+    for name, package in VERSIONS.items():
+        python = streaming_python if name == "streaming" else sys.executable
+        done = subprocess.run([python, "-c", ask, package], capture_output=True, text=True)
+        found[name] = done.stdout.strip()
+    return found
 
 
 def main() -> None:
@@ -289,9 +341,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--peer")
-    parser.add_argument("--only", default=";".join(PEERS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--only", default=";".join(PEERS), help="names, with ; between them")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streaming-python", default=sys.executable)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -301,24 +352,24 @@ def main() -> None:
     if not (given.folder / "shards").exists():
         from data_pipeline.bench import make_shards
 
-        make_shards(given.folder, given.images)
-    rows: dict[str, dict[str, float]] = {}
-    for name in filter(None, (one.strip() for one in given.only.split(";"))):
-        python = given.streaming_python if name == "streaming" else sys.executable
-        found = []
-        for _ in range(given.rounds):
+        make_shards(given.folder, IMAGES)
+    names = [one.strip() for one in given.only.split(";")]
+    found: dict[str, list[dict[str, float]]] = {}
+    versions = _versions(given.streaming_python)
+    for number in range(given.rounds):
+        for name in names:
+            python = given.streaming_python if name == "streaming" else sys.executable
             command = [python, __file__, str(given.folder), "--peer", name]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                print(f"{name}: failed\n{done.stderr[-800:]}", file=sys.stderr)
-                break
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-        if found:
-            rows[name] = sorted(found, key=lambda row: row["ratio"])[len(found) // 2]
-            print(name, json.dumps(rows[name]), flush=True)
-    print(table(rows))
-    if given.out:
-        given.out.write_text(table(rows))
+                sys.exit(f"{name}: failed\n{done.stderr[-2000:]}")
+            row = json.loads(done.stdout.splitlines()[-1])
+            found.setdefault(name, []).append(row)
+            print(number, name, json.dumps({key: round(value, 3) for key, value in row.items()}), flush=True)
+        text = table(found, versions, "python " + " ".join(sys.argv))
+        if given.out:
+            given.out.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

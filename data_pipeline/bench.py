@@ -3,7 +3,9 @@
 The raw limit is what the two calls that do the work give, on bytes in memory: decode, then crop and
 resize. Everything else the pipeline does (plan, read, parse, encode text, pack, describe, check, carry to
 the trainer) makes its rate smaller. CPU-seconds are those of the process and of all it has started, so a
-busy machine moves them little; limit and pipeline are measured in turns all the same.
+busy machine moves them little. Its clock and its caches are shared with others all the same, so limit and
+delivery are measured in turns of about half a second, each delivery against the limits right before and
+right after it, and what is reported is the median of these ratios with its quartiles.
 """
 
 from __future__ import annotations
@@ -33,6 +35,10 @@ from data_pipeline.tokens import train_tokenizer
 SIZE = 224
 DISTINCT = 48
 """Different pictures in the shards; more would only take longer to make."""
+
+REPEAT, TURN, WARM_UP = 5, 4, 16
+"""Turns: how often the sampled images are decoded for the raw limit; steps of delivery; steps before the
+first, after which workers have met all memory they use."""
 
 WORDS = ["a", "red", "blue", "small", "house", "by", "the", "sea", "with", "two", "boats", "and", "birds"]
 
@@ -126,25 +132,20 @@ def decoding(blobs: list[bytes], decoder: str, repeat: int) -> Rate:
 
 
 @contextmanager
-def delivering(folder: Path, executor: str, workers: int, decoder: str) -> Iterator[Callable[[int], Rate]]:
-    """Delivery by an executor, warmed up; yields what measures so many steps of two rows."""
+def delivering(folder: Path, executor: str, workers: int, decoder: str) -> Iterator[Callable[[], Rate]]:
+    """Delivery by an executor, warmed up; yields what measures ``TURN`` steps of two rows."""
     settings = bench_settings(folder, executor, workers, decoder)
     with open_feed(settings, Division(0, 1, 1, 2), 2) as feed:
-        for _ in range(2 * settings.prefetch):
+        for _ in range(WARM_UP):
             feed.next()
 
-        def measure(steps: int) -> Rate:
+        def measure() -> Rate:
             feed.settle()
             before, wall = tree_seconds(), time.perf_counter()
-            images = sum(len(batch.images) for _ in range(steps) for batch in feed.next().batches)
+            images = sum(len(batch.images) for _ in range(TURN) for batch in feed.next().batches)
             feed.settle()  # as much is under way as before: so many steps were made
-            return Rate(
-                f"delivery, {executor}",
-                "images",
-                images,
-                tree_seconds() - before,
-                time.perf_counter() - wall,
-            )
+            spent = tree_seconds() - before, time.perf_counter() - wall
+            return Rate(f"delivery, {executor}", "images", images, *spent)
 
         yield measure
 
@@ -170,11 +171,12 @@ def run(
         images: of the shards that are made.
         workers: of each executor.
         decoder: as ``data.decoder``.
-        rounds: turns of the raw limit and two steps of delivery.
+        rounds: turns of the raw limit and of delivery.
         folder: where shards are, or are made; by default a temporary one.
 
     Returns:
-        JSON values: ``rates`` (name, unit, a CPU-second, a second) and ``ratios`` to the raw limit.
+        JSON values: ``rates`` (name, unit, a CPU-second, a second); ``ratios`` of each executor to the
+        raw limit, the median over the rounds, and their ``quartiles``.
 
     Raises:
         DataError: when an executor cannot be started.
@@ -187,20 +189,27 @@ def run(
     kind = Decoder(decoder, 1).name
     blobs = sample_blobs(folder)
     rates = [reading(folder, 4), decoding(blobs, kind, 4), packing(folder, 4)]
-    limits = [raw_limit(blobs, kind, 4)]
-    ratios = {"decoding": rates[1].each / limits[0].each}
+    limits: list[Rate] = []
+    ratios: dict[str, float] = {}
+    quartiles: dict[str, list[float]] = {}
     for executor in executors:
         with delivering(folder, executor, workers, kind) as measure:
-            turns = [(raw_limit(blobs, kind, 4), measure(2)) for _ in range(rounds)]
-        limit, made = _total([turn[0] for turn in turns]), _total([turn[1] for turn in turns])
-        limits.append(limit)
-        rates.append(made)
-        ratios[executor] = made.each / limit.each
+            own, made = [raw_limit(blobs, kind, REPEAT)], []
+            for _ in range(rounds):
+                made.append(measure())
+                own.append(raw_limit(blobs, kind, REPEAT))
+        limits += own
+        rates.append(_total(made))
+        around = [_total(own[turn : turn + 2]).each for turn in range(rounds)]
+        found = [one.each / limit for one, limit in zip(made, around, strict=True)]
+        low, ratios[executor], high = (round(float(value), 3) for value in np.percentile(found, [25, 50, 75]))
+        quartiles[executor] = [low, high]
     return {
         "decoder": Decoder(kind, 1).fingerprint,
         "workers": workers,
         "rates": [_row(rate) for rate in [_total(limits), *rates]],
-        "ratios": {key: round(value, 3) for key, value in ratios.items()},
+        "ratios": ratios,
+        "quartiles": quartiles,
     }
 
 
