@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class DataError(Exception):
     """Something the user can mend; the message is one line that names the file, key or setting."""
@@ -16,7 +19,13 @@ class ResumeError(DataError):
 
 
 class TooManyFailures(DataError):
-    """More bad samples of a source than ``failure_limit`` allows."""
+    """More bad samples of a source than ``failure_limit`` allows.
+
+    Attributes:
+        failures: those that were not reported before (``quarantine.Failure``).
+    """
+
+    failures: Sequence[Any] = ()
 
 
 class BadSample(Exception):

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from data_pipeline.batch import Batch
+from data_pipeline.errors import TooManyFailures
 from data_pipeline.executors import Executor, Setup, make_executor
+from data_pipeline.quarantine import Failure
 from data_pipeline.settings import DataSettings
 from data_pipeline.state import step_checksum
 from data_pipeline.stream import Step, Stream
@@ -45,7 +47,9 @@ class Share:
         rows: numbers of their rows in the step, in the order they come.
         checksums: uint32, of each of these rows.
         step_rows: rows of the whole step.
-        quarantined: bad samples met so far.
+        quarantined: bad samples met so far; those that the index names are counted by rank 0 alone.
+        failures: the bad samples among them that no share before has named.
+        totals: samples looked at and bad ones by source and reason; see ``Ledger.totals``.
         pixels: of each batch, where they are, with an executor that leaves them elsewhere.
     """
 
@@ -57,6 +61,8 @@ class Share:
     step_rows: int
     quarantined: int = 0
     pixels: list[Any] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    totals: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def spread(self) -> np.ndarray:
         """The checksums at their rows' places in the step, 0 elsewhere: float64 [step_rows], which
@@ -93,6 +99,8 @@ class Feed:
         self._ahead: deque[_Ahead] = deque()
         self._last: _Ahead | None = None
         self._state = stream.state()
+        own = division.rank == 0  # bad documents that the index names are told once
+        self._elsewhere, self._told = (0, 0) if own else (len(stream.ledger), len(stream.ledger.lines))
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +117,11 @@ class Feed:
         """
         self._fill()
         first = self._ahead[0]
-        made = [self.stream.record(pending.result()) for pending in first.pending]
+        try:
+            made = [self.stream.record(pending.result()) for pending in first.pending]
+        except TooManyFailures as error:
+            error.failures = self._untold()
+            raise
         self._ahead.popleft()
         self._last = first
         self._state = first.step.state
@@ -122,9 +134,17 @@ class Feed:
             [row for group in first.groups for row in group],
             np.concatenate([produced.checksums for produced in made]),
             len(first.step.rows),
-            len(self.stream.ledger),
+            len(self.stream.ledger) - self._elsewhere,
             [produced.pixels for produced in made],
+            self._untold(),
+            self.stream.ledger.totals(),
         )
+
+    def _untold(self) -> list[Failure]:
+        """Bad samples that no share has named."""
+        lines = self.stream.ledger.lines
+        told, self._told = self._told, len(lines)
+        return lines[told:]
 
     def ready(self) -> bool:
         """Whether the next share is made, so that ``next`` does not wait."""
@@ -190,7 +210,7 @@ class Feed:
 
     def drop(self) -> None:
         """Forget what is made ahead."""
-        for ahead in self._ahead:
+        for ahead in list(self._ahead):  # another thread may be at its next
             for pending in ahead.pending:
                 pending.cancel()
         self._ahead.clear()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data_pipeline.errors import TooManyFailures
+from data_pipeline.errors import DataError, TooManyFailures
 
 MINIMUM_FAILURES = 8
 """Below this many bad samples a source never stops the run, whatever their fraction."""
@@ -87,13 +87,9 @@ class Ledger:
         """Bad samples of a source by reason."""
         return {reason: n for (name, reason), n in sorted(self.failed.items()) if name == source and n}
 
-    def write(self, path: Path | str) -> None:
-        """Write the lines as JSON lines; a last one says how many more there were."""
-        lines: list[dict] = [asdict(line) for line in self.lines]
-        if self.unnamed:
-            lines.append({"unnamed": self.unnamed})
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        Path(path).write_text(text, encoding="utf-8")
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Of each source the samples looked at (``seen``) and the bad ones by reason."""
+        return {source: {"seen": seen, **self.counts(source)} for source, seen in self.seen.items()}
 
     def _check(self, source: str) -> None:
         counts = self.counts(source)
@@ -106,3 +102,56 @@ class Ledger:
                 f"source {source!r}: {bad} of {seen} samples are bad, more than data.failure_limit="
                 f"{self.limit} allows ({reasons}){where}".rstrip()
             )
+
+
+class LedgerFile:
+    """The ledger of a run on disk, as far as one process writes it.
+
+    ``NAME.jsonl`` has a line for each bad sample, ``{"step", "source", "shard", "key", "reason", "detail"}``,
+    each once, also when the run is resumed and meets it again; ``NAME.json`` the numbers by source and reason
+    (``Ledger.totals``) since the process began.
+
+    Args:
+        folder: made when there is something to write.
+        name: of the process.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.lines, self.counts = folder / f"{name}.jsonl", folder / f"{name}.json"
+        self._known: set[str] | None = None
+
+    def add(self, step: int, failures: Sequence[Failure], totals: Mapping[str, Mapping[str, int]]) -> None:
+        """Write what was found up to a step.
+
+        Raises:
+            DataError: when it cannot be written.
+        """
+        if not failures:
+            return
+        try:
+            self.lines.parent.mkdir(parents=True, exist_ok=True)
+            known = self._read() if self._known is None else self._known
+            with self.lines.open("a", encoding="utf-8") as file:
+                for failure in failures:
+                    text = json.dumps(asdict(failure), ensure_ascii=False)
+                    if text not in known:
+                        file.write(f'{{"step": {step}, {text[1:]}\n')
+                        known.add(text)
+            draft = self.counts.with_suffix(".tmp")
+            draft.write_text(json.dumps(totals, ensure_ascii=False), encoding="utf-8")
+            draft.replace(self.counts)
+        except OSError as error:
+            raise DataError(
+                f"{self.lines.parent}: the ledger of bad samples cannot be written ({error})"
+            ) from None
+        self._known = known
+
+    def _read(self) -> set[str]:
+        """The samples of an earlier process; a line cut off by a kill is taken away."""
+        if not self.lines.exists():
+            return set()
+        text = self.lines.read_text(encoding="utf-8")
+        if text and not text.endswith("\n"):
+            text = text[: text.rfind("\n") + 1]
+            self.lines.write_text(text, encoding="utf-8")
+        return {"{" + line.split(", ", 1)[1] for line in text.splitlines()}

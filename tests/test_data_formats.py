@@ -21,7 +21,7 @@ from data_pipeline.formats import (
 )
 from data_pipeline.index import ShardIndex, is_held_out
 from data_pipeline.index import index_shard as index_one
-from data_pipeline.quarantine import Failure, Ledger
+from data_pipeline.quarantine import Failure, Ledger, LedgerFile
 from data_pipeline.storage import Storage
 from data_pipeline.stream import Stream
 from data_pipeline.tokens import load_tokenizer
@@ -238,12 +238,24 @@ def test_ledger_counts_names_and_stops_the_run():
         ledger.record({"a": 0}, [Failure("a", "1.tar", "kx", "image cannot be read") for _ in range(20)])
 
 
-def test_ledger_is_written_as_lines(tmp_path):
+def test_a_ledger_on_disk_names_each_bad_sample_once_through_kills_and_resumes(tmp_path):
     ledger = Ledger(limit=0.1)
-    ledger.record({"a": 1}, [Failure("a", "0.tar", "ké", "reason", "detail")])
-    ledger.write(tmp_path / "ledger.jsonl")
-    line = json.loads((tmp_path / "ledger.jsonl").read_text(encoding="utf-8"))
-    assert line == {"source": "a", "shard": "0.tar", "key": "ké", "reason": "reason", "detail": "detail"}
+    first, second = (Failure("a", "0.tar", key, 'rea"son', "detail") for key in ("ké", "l"))
+    ledger.record({"a": 3}, [first, second, first])
+    path = tmp_path / "quarantine" / "replica_0000.jsonl"
+    LedgerFile(tmp_path / "quarantine", "replica_0000").add(3, [first], ledger.totals())
+    with path.open("a") as file:
+        file.write('{"step": 4, "source": "a", "sha')  # killed as it wrote
+    again = LedgerFile(tmp_path / "quarantine", "replica_0000")
+    for step in (2, 5):
+        again.add(step, [first, second], ledger.totals())
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    common = {"source": "a", "shard": "0.tar", "reason": 'rea"son', "detail": "detail"}
+    assert lines == [{"step": 3, "key": "ké", **common}, {"step": 2, "key": "l", **common}]
+    assert json.loads(path.with_suffix(".json").read_text()) == {"a": {"seen": 3, 'rea"son': 3}}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="ledger of bad samples cannot be written"):
+        LedgerFile(tmp_path / "file", "x").add(0, [first], {})
 
 
 def test_data_pipeline_needs_neither_torch_nor_megatron():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from data_pipeline.batch import IGNORED, PADDING, Batch
+from data_pipeline.errors import TooManyFailures
 from data_pipeline.feed import Division, Feed, Share, open_feed
+from data_pipeline.quarantine import Failure, LedgerFile
 from data_pipeline.rows import SpecialTokens
 from mmi_megatron.config import Config, ModelConfig
 from mmi_megatron.model.mm_interleaved import Inputs, prepare
@@ -104,18 +107,20 @@ class Delivery:
     Args:
         config: the run.
         dp_rank, dp_size: which of how many replicas. Process groups must be up.
+        out: folder of the run; each replica's bad samples are named in ``out/quarantine`` (``LedgerFile``).
 
     Raises:
         DataError: on the rank that asks, when the data cannot be opened.
     """
 
-    def __init__(self, config: Config, dp_rank: int, dp_size: int):
+    def __init__(self, config: Config, dp_rank: int, dp_size: int, out: Path | None = None):
         train = config.train
         self.config, self.dp_rank, self.dp_size = config, dp_rank, dp_size
         self.place = Place.here()
         self.feed: Feed | RemoteFeed | None = None
         self._state: dict[str, Any] = {}
         self._early: tuple[Share, list[Upload]] | None = None
+        self.ledger = LedgerFile(out / "quarantine", f"replica_{dp_rank:04d}") if out else None
         if self.place.asks:
             count = train.rows // (dp_size * train.micro_rows)
             self.feed = open_feed(
@@ -193,8 +198,17 @@ class Delivery:
 
     def _take(self) -> tuple[Share, list[Upload]]:
         assert self.feed is not None
-        share = self.feed.next()
+        try:
+            share = self.feed.next()
+        except TooManyFailures as error:
+            self._note(self._state["cursor"]["step"], error.failures, {})
+            raise
+        self._note(share.number, share.failures, share.totals)
         return share, [Upload([batch.images, batch.drawn]) for batch in share.batches]
+
+    def _note(self, step: int, failures: Sequence[Failure], totals: dict[str, dict[str, int]]) -> None:
+        if self.ledger is not None:
+            self.ledger.add(step, failures, totals)
 
 
 def padded(batch: Batch, multiple: int, pad: int) -> Batch:

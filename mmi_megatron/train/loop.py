@@ -67,7 +67,7 @@ class Trainer:
         self.config, self.layout, self.out = config, layout, out
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         check_tokenizer(config, self.tokenizer.size)
-        self.data = Delivery(config, layout.dp_rank, layout.dp_size)
+        self.data = Delivery(config, layout.dp_rank, layout.dp_size, out)
         stages = build_stages(config, self.tokenizer.special)
         if fresh and config.train.init_from:
             load_start(stages, config, out)
@@ -147,7 +147,7 @@ class Trainer:
             delivered = self.data.next()
             inputs = self._prepare(delivered)
         counts = self._count(self.watch.reading(delivered.batches, inputs))
-        checksum = self._checksum(delivered)
+        checksum, quarantined = self._audit(delivered)
         waited = time.perf_counter() - started
 
         for stage in self.stages:
@@ -173,7 +173,7 @@ class Trainer:
             "tokens": counts.tokens,
             "images": counts.images,
             "images_out_of_reach": sum(item.out_of_reach for item in inputs),
-            "quarantined": delivered.note["quarantined"],
+            "quarantined": quarantined,
             "data_checksum": checksum,
             "seconds": seconds,
             "data_wait": waited / seconds,
@@ -203,11 +203,14 @@ class Trainer:
         summed = self._sum([torch.tensor(float(tokens)), torch.tensor(float(images))])
         return Counts(int(summed[0]), int(summed[1]))
 
-    def _checksum(self, delivered: Delivered) -> int:
-        """Of all samples of the step, the same at any layout: for an audit of what was trained on."""
-        rows = torch.zeros(delivered.note["step_rows"], dtype=torch.float64)
-        rows[delivered.note["rows"]] = torch.tensor(delivered.note["checksums"], dtype=torch.float64)
-        return step_checksum([int(value) for value in self._sum(list(rows))])
+    def _audit(self, delivered: Delivered) -> tuple[int, int]:
+        """Checksum of all samples of the step, the same at any layout: for an audit of what was trained on.
+        And the bad samples so far, of all replicas together."""
+        values = torch.zeros(delivered.note["step_rows"] + 1, dtype=torch.float64)
+        values[delivered.note["rows"]] = torch.tensor(delivered.note["checksums"], dtype=torch.float64)
+        values[-1] = delivered.note["quarantined"]
+        *rows, quarantined = self._sum(list(values))
+        return step_checksum([int(value) for value in rows]), int(quarantined)
 
     def _sum(self, values: list[Tensor]) -> list[float]:
         """Sums over the data-parallel ranks, in float64 so that counts stay exact."""
