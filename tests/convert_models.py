@@ -77,23 +77,26 @@ def timm_clip(**changes: Any) -> nn.Module:
     return shaken(timm.create_model("vit_large_patch14_clip_quickgelu_224", **(settings | changes)))
 
 
-def qwen() -> nn.Module:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+def relative(kind: str) -> nn.Module:
+    """A small ``Qwen2`` or ``Mistral`` of transformers."""
+    import transformers
 
     torch.manual_seed(6)
-    settings = Qwen2Config(
+    settings = getattr(transformers, f"{kind}Config")(
         hidden_size=48,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=TOKENS,
-        bos_token_id=1,
-        eos_token_id=2,
+        bos_token_id=41,
+        eos_token_id=42,
+        max_position_embeddings=512,
         rope_theta=1e6,
+        sliding_window=None,
         initializer_range=0.1,
     )
-    return shaken(Qwen2ForCausalLM(settings))
+    return shaken(getattr(transformers, f"{kind}ForCausalLM")(settings))
 
 
 TOWERS = {

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from mmi_megatron.config import Config
 from mmi_megatron.convert import export
 from mmi_megatron.convert.conversion import REPORT, SETTINGS, write
 from mmi_megatron.convert.families import Options, conversion
@@ -156,7 +157,7 @@ def test_our_modules_give_the_outputs_of_the_originals(ranks, checkpoints, tmp_p
     }
 
 
-def weights_of_ours(tensor: int, pipeline: int, init_from: list[str], out: str):
+def weights_of_ours(tensor: int, pipeline: int, init_from: list[str], out: str, like: Config | None = None):
     """On one rank: the plain tensors that its stage holds after the start, and bytes read by file."""
     from mmi_megatron.convert.start import load_start
     from mmi_megatron.parallel import groups
@@ -171,8 +172,8 @@ def weights_of_ours(tensor: int, pipeline: int, init_from: list[str], out: str):
         read[f"{self.name}/{name}"] = read.get(f"{self.name}/{name}", 0) + len(data)
         return data
 
-    config = models.settings(tensor)
-    config.parallel.pipeline = pipeline
+    config = like or models.settings(tensor)
+    config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
     config.train.init_from = init_from
     groups.initialize(config)
     original, Folder.read = Folder.read, counted
@@ -305,13 +306,14 @@ def test_stable_diffusion_comes_back_equal(checkpoints, tmp_path):
 
 
 @torch.no_grad()
-def test_qwen2(tmp_path):
-    """Biases of queries, keys and values, in and out; run by the plain language model."""
-    from transformers import Qwen2ForCausalLM
+@pytest.mark.parametrize(("kind", "leaves_as"), [("Qwen2", "Qwen2"), ("Mistral", "Llama")])
+def test_relatives(tmp_path, kind, leaves_as):
+    """Qwen2's biases of queries, keys and values among it; run by the plain language model."""
+    import transformers
 
     from mmi_megatron.model.language_model import LanguageModel, Visibility
 
-    wanted = models.qwen()
+    wanted = models.relative(kind)
     wanted.save_pretrained(tmp_path / "in")
     plan = conversion("hf-llama", tmp_path / "in", MULTIPLE)
     write(plan, tmp_path / "out", Layout(2, 2))
@@ -324,7 +326,10 @@ def test_qwen2(tmp_path):
     expected = wanted(tokens[None]).logits[0]
     assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
     export.export_llm(opened, tmp_path / "back")
-    same(Qwen2ForCausalLM.from_pretrained(tmp_path / "back").state_dict(), wanted.state_dict())
+    back = getattr(transformers, f"{leaves_as}ForCausalLM").from_pretrained(tmp_path / "back")
+    same(back.state_dict(), wanted.state_dict())
+    for key in ("bos_token_id", "eos_token_id", "max_position_embeddings"):
+        assert getattr(back.config, key) == getattr(wanted.config, key), key
 
 
 @torch.no_grad()

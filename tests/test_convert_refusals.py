@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmi_megatron.cli import app
+from mmi_megatron.convert import export
 from mmi_megatron.convert.conversion import write
 from mmi_megatron.convert.families import Options, conversion
 from mmi_megatron.convert.rules import ConvertError
@@ -146,6 +147,48 @@ def test_bin_equals_safetensors(llama, tmp_path):
         assert all(torch.equal(read[key], tensor) for key, tensor in state.items())
 
 
+PLACES = {
+    "hf-clip": ("model.safetensors", "encoder.layers.2.mlp.fc1.weight"),
+    "timm-clip": ("model.safetensors", "blocks.2.mlp.fc1.weight"),
+    "sd unet": ("unet/diffusion_pytorch_model.safetensors", "time_embedding.linear_1.weight"),
+    "sd vae": ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"),
+}
+"""A weight file of each kind, and a tensor in it that is not square."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_kind_refuses_what_is_missing_left_over_or_transposed(tmp_path, place):
+    kind, file, key = place.split()[0], *PLACES[place]
+    if kind == "hf-clip":
+        models.clip().save_pretrained(tmp_path / "in")
+    elif kind == "timm-clip":
+        models.save_timm(models.timm_clip(), tmp_path / "in")
+    else:
+        models.save_diffusion(tmp_path / "in")
+    right = load_file(tmp_path / "in" / file)
+    wrong = {
+        f"1 tensors missing .*{key}": {name: t for name, t in right.items() if name != key},
+        "1 left over .*surplus.weight": right | {"surplus.weight": torch.zeros(2)},
+        f"{key} has shape .*transposed": right
+        | {key: right[key].permute(*range(right[key].ndim)[::-1]).clone()},
+        f"{key} is int8": right | {key: right[key].to(torch.int8)},
+    }
+    for words, state in wrong.items():
+        save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "in" / file)
+        refused(tmp_path / "in", words, kind)
+
+
+def test_images_that_do_not_divide_into_patches(tmp_path):
+    models.clip().save_pretrained(tmp_path / "in")
+    for side in (30, 20, 0, -8):
+        refused(
+            tmp_path / "in",
+            f"--image-size {side}: must be an even number of patches of 4 pixels",
+            "hf-clip",
+            image_size=side,
+        )
+
+
 # Several files
 
 
@@ -260,6 +303,23 @@ def test_towers(tmp_path):
 
 def test_a_layout_that_does_not_divide(llama):
     refused(llama, "does not divide over tp=5", layout="tp=5")
+
+
+def test_an_address_that_is_no_local_path(llama):
+    with pytest.raises(ConvertError, match="s3:/bucket/out: written to local paths only"):
+        write(conversion("hf-llama", llama), Path("s3://bucket/out"), Layout())
+
+
+def test_a_type_that_is_too_small(llama):
+    change(llama, lambda state: state[KEY].view(-1)[7].fill_(1e5))
+    with pytest.raises(ConvertError, match=f"{KEY}: 100000 in it is beyond float16"):
+        write(conversion("hf-llama", llama), llama.parent / "out", Layout(), torch.float16)
+    assert [path.name for path in llama.parent.iterdir()] == ["in"]
+    write(conversion("hf-llama", llama), llama.parent / "out", Layout(), torch.bfloat16)
+    opened = export.open_checkpoint(str(llama.parent / "out"), dtype=torch.float16)
+    with pytest.raises(ConvertError, match="beyond float16"):
+        export.export_llm(opened, llama.parent / "back")
+    assert {path.name for path in llama.parent.iterdir()} == {"in", "out"}
 
 
 def test_what_is_there_is_not_overwritten(llama):

@@ -48,8 +48,11 @@ def plain_tokenizer(file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> tuple[Config, Path]:
+    return prepare(tmp_path_factory.mktemp("run"), "tp=1")
+
+
+def prepare(folder: Path, layout: str) -> tuple[Config, Path]:
     """A configuration that starts from three conversions, and the folder where all of it lies."""
-    folder = tmp_path_factory.mktemp("run")
     tokens = folder / "llama" / "tokenizer.json"
     tokens.parent.mkdir()
     plain_tokenizer(tokens)
@@ -60,7 +63,7 @@ def prepared(tmp_path_factory) -> tuple[Config, Path]:
     for kind, name in (("hf-llama", "llama"), ("hf-clip", "clip"), ("sd", "sd")):
         out = str(folder / f"{name}_checkpoint")
         result = CliRunner().invoke(
-            app, ["convert", kind, str(folder / name), "--out", out, "--layout", "tp=1", "--json"]
+            app, ["convert", kind, str(folder / name), "--out", out, "--layout", layout, "--json"]
         )
         assert result.exit_code == 0, result.output
         report = json.loads(result.output)

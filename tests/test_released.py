@@ -207,6 +207,12 @@ def test_a_bad_state_dict_is_refused_by_name(builder, state, config, table):
         builder(state | {matrix: state[matrix].T}, *config)
 
 
+def test_an_empty_state_dict_is_refused_by_name():
+    _, _, config = recorded("mmfs_B")
+    with pytest.raises(ValueError, match="released MMFS: missing .*query_relpos.weight"):
+        released.mmfs({}, config)
+
+
 def test_constants_may_be_absent_but_not_different():
     state, _, config = recorded("tokenizer")
     arguments = (config["clip"], config["perceiver"])

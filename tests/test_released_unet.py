@@ -76,3 +76,14 @@ def test_pixels_equal_the_definition(positions):
             wanted = added(state, block, features[index][row], pixel, mine, visibility[row])
             assert wanted.abs().max() > 1e-3
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_the_dtype_is_that_of_the_weights_not_of_the_fixed_positions():
+    state = {
+        name: tensor if "pos_embed" in name else tensor.bfloat16()
+        for name, tensor in sorted(
+            released_state(positions=True).items(), key=lambda item: "pos_embed" not in item[0]
+        )
+    }
+    assert "pos_embed" in next(iter(state))
+    assert {p.dtype for p in released.unet_mmfs(state, RELEASED).parameters()} == {torch.bfloat16}

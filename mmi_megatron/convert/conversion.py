@@ -20,7 +20,7 @@ from torch import Tensor
 from mmi_megatron.config import LanguageConfig
 from mmi_megatron.convert import sharded
 from mmi_megatron.convert.report import Report, Row
-from mmi_megatron.convert.rules import ConvertError, Rule, Table, check_constant, unmatched
+from mmi_megatron.convert.rules import ConvertError, Rule, Table, cast, check_constant, unmatched
 from mmi_megatron.convert.source import Source
 
 SETTINGS, REPORT = "settings.yaml", "report.json"
@@ -199,7 +199,7 @@ def write(
             value = rule.load([conversion.source[theirs] for theirs in rule.theirs])
         if value.shape != conversion.targets[name].shape:
             raise ConvertError(f"{name}: made of shape {tuple(value.shape)}, which is a slip in its rule")
-        return value.to(kind(value))
+        return cast(name, value, kind(value))
 
     order = conversion.source.order
     names = [rule.ours for rule in conversion.table.rules] + list(conversion.computed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mmi_megatron.convert import llama, released_model, vision
 from mmi_megatron.convert import stable_diffusion as diffusion
 from mmi_megatron.convert.families import DECODER, LANGUAGE, VIT, language_shapes, whole_shapes
 from mmi_megatron.convert.report import Report, Row
-from mmi_megatron.convert.rules import ConvertError, Rule, Table, rename
+from mmi_megatron.convert.rules import ConvertError, Rule, Table, cast, rename
 from mmi_megatron.convert.sharded import Stored, draft
 from mmi_megatron.convert.start import converted_model, resolve
 from mmi_megatron.convert.target import Group, write_bin, write_safetensors
@@ -42,8 +42,7 @@ class Checkpoint:
         stored: its tensors, read one at a time.
         model: settings of the model; of a converted one, true for the parts that it holds.
         text_rows: tokens of the language model without those for images.
-        special: ids of BOS and EOS.
-        context: tokens of a row.
+        kept: for the language model's ``config.json``, keys of ``llama.KEPT``.
         dtype: of all floating-point tensors written; None keeps them.
         average: whether averaged weights of the decoder stand for its own, where there are such.
     """
@@ -51,8 +50,7 @@ class Checkpoint:
     stored: Stored
     model: ModelConfig
     text_rows: int
-    special: tuple[int, int] = (1, 2)
-    context: int = 2048
+    kept: Mapping[str, Any] = field(default_factory=lambda: llama.KEPT)
     dtype: torch.dtype | None = None
     average: bool = True
 
@@ -90,11 +88,12 @@ def open_checkpoint(
     extra = open_run(folder)["extra"]
     if (model := converted_model(extra)) is not None:
         stored = Stored(folder, model.language)
-        return Checkpoint(stored, model, extra.get("text_rows", 0), dtype=dtype, average=average)
+        kept = llama.KEPT | extra.get("kept", {})
+        return Checkpoint(stored, model, extra.get("text_rows", 0), kept, dtype, average)
     config = load_config(settings or _settings_beside(folder))
-    rows, special = _tokens(config)
+    rows, kept = _tokens(config)
     stored = Stored(folder, config.model.language)
-    return Checkpoint(stored, config.model, rows, special, config.data.context_length, dtype, average)
+    return Checkpoint(stored, config.model, rows, kept, dtype, average)
 
 
 def _settings_beside(folder: Folder) -> Path:
@@ -104,15 +103,16 @@ def _settings_beside(folder: Folder) -> Path:
     raise ConvertError(f"{folder}: no config.yaml of its run near it; name one with --config")
 
 
-def _tokens(config: Config) -> tuple[int, tuple[int, int]]:
-    """Rows of the text tokens, which come before those for images, and the ids of BOS and EOS."""
+def _tokens(config: Config) -> tuple[int, dict[str, int]]:
+    """Rows of the text tokens, which come before those for images, and ``llama.KEPT`` of a run."""
     vocabulary = config.model.language.vocabulary
     try:
         special = load_tokenizer(config.data.tokenizer).special
     except DataError as error:
         raise ConvertError(f"data.tokenizer: {error}; it says which rows are text") from None
     behind = {special.boi, special.image} == {vocabulary - 2, vocabulary - 1}
-    return vocabulary - 2 if behind else vocabulary, (special.bos, special.eos)
+    kept = (special.bos, special.eos, config.data.context_length)
+    return vocabulary - 2 if behind else vocabulary, dict(zip(llama.KEPT, kept, strict=True))
 
 
 # What every export does
@@ -140,7 +140,8 @@ def _groups(checkpoint: Checkpoint, table: Table, targets: Mapping[str, Tensor])
 
 
 def _values(checkpoint: Checkpoint, rule: Rule, kind: torch.dtype) -> Callable[[], list[Tensor]]:
-    return lambda: rule.save(checkpoint.stored[checkpoint.name(rule.ours)].to(kind))
+    name = checkpoint.name(rule.ours)
+    return lambda: rule.save(cast(name, checkpoint.stored[name], kind))
 
 
 def _report(checkpoint: Checkpoint, what: str, table: Table, prefix: str, notes: list[str]) -> Report:
@@ -192,9 +193,7 @@ def export_llm(checkpoint: Checkpoint, out: Path) -> Report:
     with draft(out) as folder:
         folder.mkdir()
         write_safetensors(folder / "model.safetensors", groups)
-        bos, eos = checkpoint.special
-        dtype = _dtype_name(checkpoint, LANGUAGE)
-        config = llama.llama_config(bare, rows, checkpoint.context, bos, eos, dtype)
+        config = llama.llama_config(bare, rows, checkpoint.kept, _dtype_name(checkpoint, LANGUAGE))
         _json(folder / "config.json", config)
     left = any(".mmfs." in name for name in checkpoint.stored)
     notes = ["without its MMFS: the same function only where a document has no images"] if left else []

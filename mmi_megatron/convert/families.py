@@ -111,7 +111,7 @@ def hf_llama(path: Path, options: Options) -> Conversion:
         {"language": settings},
         language,
         notes=notes,
-        extra={"text_rows": text_rows},
+        extra={"text_rows": text_rows, "kept": {key: config[key] for key in llama.KEPT if key in config}},
     )
 
 
@@ -142,7 +142,7 @@ def timm_clip(path: Path, options: Options) -> Conversion:
 def _tower(
     what: str, source: Sources, config: VisionConfig, table: Table, options: Options, left_out: dict[str, str]
 ) -> Conversion:
-    wanted = replace(config, image_size=options.image_size or config.image_size)
+    wanted = vision.at_size(config, options.image_size)
     with torch.device("meta"):
         tower: Any = build_vit(config)
         resized: Any = build_vit(wanted)
@@ -199,8 +199,8 @@ def released(path: Path, options: Options) -> Conversion:
     stored = whole_shapes(config)
     table = released_model.released_table(config, list(stored))
     targets, wanted = stored, config
-    if options.image_size:
-        wanted = replace(config, vision=replace(config.vision, image_size=options.image_size))
+    if options.image_size is not None:
+        wanted = replace(config, vision=vision.at_size(config.vision, options.image_size))
         targets = whole_shapes(wanted)
         position = VIT + vision.POSITIONS
         table = vision.resized(table, position, stored[position], targets[position])

@@ -28,6 +28,9 @@ REFUSED = {
 
 IMAGE_TOKENS = 2
 
+KEPT = {"bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 2048}
+"""What a ``config.json`` says and our settings do not, with the release's values."""
+
 
 def language_settings(config: Mapping[str, Any], where: Path, multiple: int = 128) -> LanguageConfig:
     """Our settings from a ``config.json``; MMFS is not there and not set.
@@ -147,9 +150,16 @@ def llama_table(config: LanguageConfig, text_rows: int, tied: bool = False) -> T
 
 
 def llama_config(
-    config: LanguageConfig, text_rows: int, context: int, bos: int, eos: int, dtype: str
+    config: LanguageConfig, text_rows: int, kept: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
-    """A ``config.json`` for transformers' LlamaForCausalLM, or, with biases, Qwen2ForCausalLM."""
+    """A ``config.json`` for transformers' LlamaForCausalLM, or, with biases, Qwen2ForCausalLM.
+
+    Args:
+        config: ours.
+        text_rows: tokens of theirs.
+        kept: ``KEPT`` keys with their values.
+        dtype: of the tensors, by its name in torch.
+    """
     from transformers import LlamaConfig, Qwen2Config
 
     kind = Qwen2Config if config.qkv_bias else LlamaConfig
@@ -163,10 +173,8 @@ def llama_config(
         rms_norm_eps=config.norm_eps,
         rope_theta=config.rope_theta,
         vocab_size=text_rows,
-        max_position_embeddings=context,
-        bos_token_id=bos,
-        eos_token_id=eos,
         tie_word_embeddings=False,
         dtype=dtype,
+        **kept,
     )
     return made.to_dict() | {"rope_theta": config.rope_theta}  # where versions before 5 look for it

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mmi_megatron.config import LanguageConfig, MMFSConfig
 from mmi_megatron.convert.llama import layers_table
-from mmi_megatron.convert.released_mmfs import intervals, mask_of, mmfs_table
-from mmi_megatron.convert.rules import Table, load, rename
+from mmi_megatron.convert.released_mmfs import filled, intervals, level_shapes, mask_of, mmfs_table
+from mmi_megatron.convert.rules import Table, rename
 from mmi_megatron.model.attention import rotary_angles
 from mmi_megatron.model.language_model import DecoderLayer, Visibility, has_mmfs
 from mmi_megatron.model.mmfs import Shapes
@@ -106,10 +106,10 @@ def language_layers(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
         ValueError: naming tensors that are missing, left over or of another shape.
     """
     what, first = "released language layers", f"{MODEL}layers.0.llama_cross_attn."
-    for name in (f"{MODEL}norm.weight", f"{first}attn.value_proj.weight", f"{first}attn.query_relpos.weight"):
+    for name in (f"{first}attn.value_proj.weight", f"{first}attn.query_relpos.weight"):
         if name not in state_dict:
             raise ValueError(f"{what}: missing {name}")
-    shapes = [(side, side) if isinstance(side, int) else tuple(side) for side in config["spatial_shapes"]]
+    shapes = level_shapes(config)
     mmfs = MMFSConfig(
         heads=HEADS,
         points=POINTS,
@@ -120,10 +120,8 @@ def language_layers(state_dict: Mapping[str, Tensor], config: Mapping[str, Any])
     )
     language = _settings(config, mmfs)
     module = ReleasedLanguageLayers(language, config["image_embed_dim"], shapes)
-    module.to(state_dict[f"{MODEL}norm.weight"].dtype)
     inner = {name: tensor for name, tensor in state_dict.items() if name not in OUTER}
-    load(module, inner, language_layers_table(language).under("", MODEL), what)
-    return module.eval()
+    return filled(module, inner, language_layers_table(language).under("", MODEL), what)
 
 
 def _settings(config: Mapping[str, Any], mmfs: MMFSConfig) -> LanguageConfig:

@@ -138,7 +138,7 @@ def mmfs(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Release
     Raises:
         ValueError: naming tensors that are missing, left over or of another shape.
     """
-    shapes = [(side, side) if isinstance(side, int) else tuple(side) for side in config["spatial_shapes"]]
+    shapes = level_shapes(config)
     settings = MMFSConfig(
         heads=config["n_heads"],
         points=config["n_points"],
@@ -152,9 +152,16 @@ def mmfs(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Release
     return ReleasedMMFS(filled(core, state_dict, table, "released MMFS"))
 
 
+def level_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(height, width) of the levels from ``spatial_shapes``: sides of squares, or pairs."""
+    return [(side, side) if isinstance(side, int) else tuple(side) for side in config["spatial_shapes"]]
+
+
 def filled(module: nn.Module, state_dict: Mapping[str, Tensor], table: Table, what: str) -> Any:
-    """The module with the release's tensors, in their dtype, in evaluation mode."""
-    floating = next(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point())
-    module.to(floating)
+    """The module with the release's tensors, in their dtype (constants may have another), in evaluation
+    mode. Raises as ``load``."""
+    names = (name for rule in table.rules for name in rule.theirs if name in state_dict)
+    if (first := next(names, None)) is not None:
+        module.to(state_dict[first].dtype)
     load(module, state_dict, table, what)
     return module.eval()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmi_megatron.config import MMFSConfig, UNetConfig
-from mmi_megatron.convert.released_mmfs import intervals, mmfs_table
-from mmi_megatron.convert.rules import Rule, Table, load, renames
+from mmi_megatron.convert.released_mmfs import filled, intervals, mmfs_table
+from mmi_megatron.convert.rules import Rule, Table, renames
 from mmi_megatron.model.mmfs import Shapes
 from mmi_megatron.model.unet_mmfs import POSITION_GRID, UNetMMFS, mmfs_sites, position_embedding
 
@@ -143,6 +143,5 @@ def unet_mmfs(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> Re
     unet = UNetConfig(channels=channels, layers_per_block=config.get("layers_per_block", 2))
     sites = mmfs_sites(unet, POSITION_GRID, "skip")
     module = ReleasedUNetMMFS([width for width, _ in sites], config["input_channel"], settings)
-    module.to(next(tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()))
-    load(module.core, state_dict, unet_mmfs_table(sites, HEADS, LEVELS, POINTS), what)
+    filled(module.core, state_dict, unet_mmfs_table(sites, HEADS, LEVELS, POINTS), what)
     return module.eval()

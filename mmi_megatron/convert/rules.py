@@ -32,6 +32,17 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else DTYPES[name]
 
 
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another type. Raises ConvertError when a number of it is beyond that type's largest."""
+    made = tensor.to(dtype)
+    if made.dtype != tensor.dtype and made.isinf().any() and not tensor.isinf().any():
+        largest = tensor.abs().max().item()
+        raise ConvertError(
+            f"{name}: {largest:g} in it is beyond {str(dtype).removeprefix('torch.')}; keep its type"
+        )
+    return made
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one tensor of ours is made of tensors of theirs.

@@ -158,8 +158,10 @@ def draft(out: Path) -> Iterator[Path]:
     """A path beside ``out`` to write at; it becomes ``out`` when all is well, and goes when not.
 
     Raises:
-        ConvertError: when ``out`` is there already.
+        ConvertError: when ``out`` is there already, or in no file system of this machine.
     """
+    if re.match(r"\w+:/", str(out)):
+        raise ConvertError(f"{out}: written to local paths only; name one, and copy it there afterwards")
     if out.exists():
         raise ConvertError(f"{out} exists; delete it or name another")
     path = out.with_name(out.name + DRAFT)

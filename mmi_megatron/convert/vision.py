@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,23 @@ def timm_config(config: VisionConfig) -> dict[str, Any]:
 def timm_table(names: list[str]) -> Table:
     """timm's names are ours below ``visual_tokenizer.vit.``"""
     return Table([rename(name, name) for name in names])
+
+
+def at_size(config: VisionConfig, side: int | None) -> VisionConfig:
+    """The settings for images of another size, None for the same.
+
+    Raises:
+        ConvertError: when the patches do not fill it, or the coarsest map has no whole pixels.
+    """
+    if side is None:
+        return config
+    patch = config.patch_size
+    if side < 1 or side % (2 * patch):
+        raise ConvertError(
+            f"--image-size {side}: must be an even number of patches of {patch} pixels a side, "
+            f"as {max(side // (2 * patch), 1) * 2 * patch}"
+        )
+    return replace(config, image_size=side)
 
 
 def resized(table: Table, ours: str, stored: Tensor, wanted: Tensor, prefix: int = 1) -> Table:

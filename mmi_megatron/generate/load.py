@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data_pipeline.tokens import Tokenizer, load_tokenizer
 from mmi_megatron.config import Config, ParallelConfig
@@ -128,6 +129,7 @@ def _converted(path: Path) -> tuple[Folder, Config]:
     config = Config(model=model)
     config.data.image_tokens = model.vision.resampler.queries
     stored = read_index(folder).state_dict_metadata[FINAL_NORM]
+    assert isinstance(stored, TensorStorageMetadata)
     half = stored.properties.dtype == torch.bfloat16
     config.train.precision = "bf16" if half else "fp32"
     return folder, config
