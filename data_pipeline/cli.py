@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Table
 
 from data_pipeline import service_cli
 from data_pipeline.corpus import make_index
@@ -24,6 +18,7 @@ from data_pipeline.importers.mmc4 import Filters, import_mmc4
 from data_pipeline.importers.obelics import import_obelics
 from data_pipeline.importers.pairs import import_pairs
 from data_pipeline.inspect import inspect
+from data_pipeline.reporting import bar, reported
 from data_pipeline.settings import DataSettings, SourceSettings
 from data_pipeline.storybook import write_stories
 from data_pipeline.tokens import train_tokenizer
@@ -33,41 +28,6 @@ app = typer.Typer(help="Documents to training data.", no_args_is_help=True, pret
 Folder = Annotated[Path, typer.Argument(help="Folder to import.", show_default=False)]
 Out = Annotated[Path, typer.Option(help="Folder of shards to write; must hold none yet.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")]
-P = ParamSpec("P")
-
-
-def reported(command: Callable[P, Summary]) -> Callable[P, None]:
-    """Print a command's summary; an error the user can mend is one line and exit code 1."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            summary = command(*args, **kwargs)
-        except (DataError, OSError) as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(1) from None
-        if kwargs["as_json"]:
-            typer.echo(json.dumps(summary.as_dict(), ensure_ascii=False))
-        else:
-            show(summary)
-
-    return run
-
-
-def show(summary: Summary) -> None:
-    """Print a summary as a table."""
-    table = Table("kept", "number")
-    table.add_row("documents", f"{summary.documents:,}")
-    table.add_row("images", f"{summary.images:,}")
-    for name, value in summary.notes.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
-    console = Console()
-    console.print(table)
-    if summary.dropped:
-        dropped = Table("dropped, by reason", "number")
-        for reason, count in sorted(summary.dropped.items(), key=lambda item: (-item[1], item[0])):
-            dropped.add_row(reason, f"{count:,}")
-        console.print(dropped)
 
 
 @app.command("import-html")
@@ -172,12 +132,16 @@ def index(
     shards: Annotated[str, typer.Argument(help="Folder or URL of shards.", show_default=False)],
     tokenizer: Annotated[Path, typer.Option(help="tokenizer.json of the runs to come.", show_default=False)],
     holdout: Annotated[float, typer.Option(help="Fraction held out for validation.")] = 0.01,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, or shards at a time on a cluster.")] = 2,
+    ray: Annotated[
+        str | None, typer.Option(help="Work on a Ray cluster: auto, local or host:port.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> Summary:
     """Index shards: a Parquet file beside each, and a manifest. Goes on where it was stopped."""
+    make = make_index if ray is None else service_cli.index_on(ray, workers)
     with bar("shards") as progress:
-        found, digest = make_index(shards, str(tokenizer), holdout, workers=workers, progress=progress)
+        found, digest = make(shards, str(tokenizer), holdout, workers=workers, progress=progress)
     summary = Summary(sum(shard.documents for shard in found), sum(shard.images for shard in found))
     for shard in found:
         summary.dropped.update(json.loads(shard.reasons))
@@ -209,21 +173,6 @@ def inspect_shards(
         window=256,
     )
     return inspect(settings, out, rows)
-
-
-@contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A progress bar on stderr; yields what is to be called with the number done and the total."""
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with RichProgress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(what, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 @app.command("storybook")

@@ -1,49 +1,62 @@
 """Whole-corpus jobs on Ray Data, and the plan as a source of Ray Data.
 
-A job reads a folder (or URL) of shards and writes another: one task a shard, the same names, and what is
-left out is counted by reason. A shard takes its name once it is whole.
-
+    index      what ``corpus.make_index`` makes
     filter     keeps the documents a function accepts
     recaption  changes documents through a function, in batches (a model that describes images, say)
-    dedup      leaves out images whose perceptual hash came before, and documents left without images
+    dedup      leaves out images that look like an earlier one, and documents left without images
 
-The index of a corpus is made by ``mmi data index``, shard by shard, without Ray.
+The last three read a folder (or URL) of shards and write another: one task a shard, the same names, and what
+is left out is counted by reason. A shard takes its name once it is whole; beside it lies ``000000.done.json``
+with its counts, and in the folder ``job.json``, which says what it comes from: a job that was stopped goes on
+with the shards that are not done.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-import shutil
+import json
+import logging
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from data_pipeline.corpus import Progress, Shard, summary, write_manifest
 from data_pipeline.decode import decode
+from data_pipeline.duplicates import MAX_DISTANCE, doubles, perceptual_hash
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.feed import setup_of
 from data_pipeline.formats import (
     Document,
     Member,
-    ShardWriter,
     Summary,
     find_shards,
     parse_content,
-    scan_file,
+    scan_shard,
+    write_shard,
 )
+from data_pipeline.index import index_shard
 from data_pipeline.optional import ray
-from data_pipeline.settings import DataSettings
-from data_pipeline.storage import Range, Storage
+from data_pipeline.settings import DataSettings, StorageSettings
+from data_pipeline.storage import Range, Stamp, Storage, StoredFile, is_local, join, local_path
 from data_pipeline.stream import Stream
+from data_pipeline.tokens import Tokenizer, load_tokenizer
 
 MAX_PIXELS = 89_478_485
-HASH_SIDE = 32
-"""Pixels a side of the picture that a perceptual hash is taken of."""
+JOB, DONE = "job.json", ".done.json"
+MAX_BLOCKS = 10_000
+"""Tasks of a job; with more shards a task takes several."""
 
+log = logging.getLogger(__name__)
+
+Work = Callable[[dict[str, Any]], bytes]
 Edit = Callable[[list[Document]], list[Document | str]]
 """Changes documents; in the place of one that is to be left out it gives the reason."""
 
@@ -61,66 +74,105 @@ def load_function(name: str) -> Callable:
         raise DataError(f"function {name!r}: must be module:function and importable ({error})") from None
 
 
-def filter_corpus(source: str, out: str, function: str, workers: int = 2) -> Summary:
+def _ignored(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def index_corpus(
+    path: str,
+    tokenizer: str,
+    holdout: float,
+    storage: StorageSettings | None = None,
+    workers: int = 2,
+    progress: Progress = _ignored,
+) -> tuple[list[Shard], str]:
+    """``corpus.make_index`` on a Ray cluster; ``tokenizer`` must be readable on all its nodes.
+
+    Raises:
+        DataError: when there are no shards, one is no tar file, or a node has another tokenizer.
+    """
+    own = Storage(storage)
+    fingerprint = load_tokenizer(tokenizer).fingerprint
+    found = find_shards(path, path, own)
+    common = {"tokenizer": tokenizer, "fingerprint": fingerprint, "holdout": holdout}
+    items = [
+        {"number": number, "shard": url, "stamp": json.dumps(asdict(stamp)), **common}
+        for number, (url, stamp) in enumerate(found)
+    ]
+    made: dict[int, Shard] = {}
+    for number, line in _rows(items, partial(_index_shard, storage=own.settings), workers):
+        fields = json.loads(line)
+        made[number] = Shard(**{**fields, "stamp": Stamp(**fields["stamp"])})
+        progress(len(made), len(found))
+    shards = [made[number] for number in range(len(found))]
+    return shards, write_manifest(own, path, shards, fingerprint, holdout)
+
+
+def filter_corpus(
+    source: str, out: str, function: str, workers: int = 2, progress: Progress = _ignored
+) -> Summary:
     """Keep the documents that a function accepts.
 
     Args:
-        source, out: folders of shards; ``out`` is made.
+        source, out: folders or URLs of shards; ``out`` is made. All nodes must be able to write to it.
         function: ``module:name`` of a function of a ``Document`` that gives None to keep it, or the
             reason to leave it out.
         workers: shards at a time.
+        progress: is told how many of how many shards are done.
 
     Raises:
-        DataError: when the source has no shards or the function cannot be imported.
+        DataError: when the source has no shards, the function cannot be imported or fails, or ``out`` holds
+            something else.
     """
     load_function(function)
-    return _rewrite(source, out, workers, {"kind": "filter", "function": function})
+    return _rewrite(source, out, workers, {"kind": "filter", "function": function}, progress)
 
 
-def recaption_corpus(source: str, out: str, function: str, workers: int = 2, batch: int = 32) -> Summary:
+def recaption_corpus(
+    source: str,
+    out: str,
+    function: str,
+    workers: int = 2,
+    batch: int = 32,
+    progress: Progress = _ignored,
+) -> Summary:
     """Change documents through a function of a list of documents; see ``Edit``.
 
     Args:
-        source, out, function, workers: as in ``filter_corpus``.
+        source, out, function, workers, progress: as in ``filter_corpus``.
         batch: documents given to the function at a time.
     """
     load_function(function)
-    return _rewrite(source, out, workers, {"kind": "recaption", "function": function, "batch": batch})
+    return _rewrite(
+        source, out, workers, {"kind": "recaption", "function": function, "batch": batch}, progress
+    )
 
 
-def dedup_corpus(source: str, out: str, workers: int = 2) -> Summary:
+def dedup_corpus(
+    source: str, out: str, workers: int = 2, distance: int = 4, progress: Progress = _ignored
+) -> Summary:
     """Leave out images that look like one that comes before them in the corpus.
 
-    Two images look alike when their perceptual hashes are the same 64 bits. The first in the order of
-    the shards stays. A document left without any image goes, unless it had none before.
+    The first in the order of the shards stays. A document left without any image goes, unless it had none
+    before. The hashes of all images are held here, 16 bytes each.
+
+    Args:
+        source, out, workers, progress: as in ``filter_corpus``.
+        distance: bits in which the perceptual hashes of two images that look alike may differ; see
+            ``duplicates.doubles`` for what it costs.
     """
+    if not 0 <= distance <= MAX_DISTANCE:
+        raise DataError(f"distance {distance}: must be from 0 to {MAX_DISTANCE}")
     shards = [url for url, _ in find_shards(source, source)]
-    rows = _dataset(shards, workers).flat_map(_hashes, concurrency=workers)
-    first: dict[int, tuple[str, str, int]] = {}
-    seen: list[tuple[int, tuple[str, str, int]]] = []
-    for row in rows.iter_rows():
-        place = (row["shard"], row["key"], row["image"])
-        value = int(row["hash"])
-        seen.append((value, place))
-        first[value] = min(first.get(value, place), place)
-    doubles: dict[str, set[tuple[str, int]]] = {}
-    for value, (shard, key, image) in seen:
-        if first[value] != (shard, key, image):
-            doubles.setdefault(shard, set()).add((key, image))
-    return _rewrite(source, out, workers, {"kind": "dedup"}, doubles)
-
-
-def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that stay the same when an image is scaled, recompressed or slightly changed: the signs of
-    the 8 x 8 lowest frequencies (DCT-II of 32 x 32 grey pixels) about their median (pHash, Zauner 2010)."""
-    grey = image.convert("L").resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX)
-    pixels = np.asarray(grey, np.float64)
-    n = np.arange(HASH_SIDE)
-    basis = np.cos(np.pi * (2 * n[None] + 1) * n[:8, None] / (2 * HASH_SIDE))
-    low = (basis @ pixels @ basis.T).ravel()
-    bits = low > np.median(low[1:])
-    bits[0] = False  # brightness alone says nothing
-    return int(np.packbits(bits).view(">u8")[0])
+    items = [{"number": number, "shard": shard} for number, shard in enumerate(shards)]
+    hashes: dict[int, np.ndarray] = {}
+    places: dict[int, np.ndarray] = {}
+    for number, both in _rows(items, _hashes, workers):
+        hashes[number], places[number] = np.frombuffer(both, np.uint64).reshape(2, -1)
+    gone = doubles(np.concatenate([hashes[n] for n in range(len(shards))]), distance)
+    starts = np.cumsum([0, *(len(hashes[n]) for n in range(len(shards)))])
+    left = {shards[n]: places[n][gone[starts[n] : starts[n + 1]]].tobytes() for n in range(len(shards))}
+    return _rewrite(source, out, workers, {"kind": "dedup", "distance": distance}, progress, left)
 
 
 def plan_dataset(settings: DataSettings, steps: int, global_rows: int, start: int = 0) -> Any:
@@ -171,67 +223,138 @@ class _Produce:
         }
 
 
-def _dataset(shards: list[str], workers: int) -> Any:
-    return ray.data.from_items(
-        [{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), 8 * workers)
-    )
+def _rows(items: list[dict[str, Any]], work: Work, workers: int) -> Iterator[tuple[int, bytes]]:
+    """What ``work`` makes of each of them on the cluster, with its ``number``, in the order it is finished.
+
+    Raises:
+        DataError: what went wrong with the first that failed.
+    """
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    blocks = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
+    for row in blocks.map(partial(_guarded, work=work), concurrency=workers).iter_rows():
+        if row["error"]:
+            raise DataError(row["error"])
+        yield row["number"], row["made"]
 
 
-def _hashes(row: dict[str, str]) -> list[dict[str, Any]]:
-    """Hash of every image of a shard that can be decoded."""
-    found = []
-    for document, _ in _documents(row["shard"]):
-        if document is None:
-            continue  # counted when the shard is written
-        for number, blob in enumerate(document.images):
+def _guarded(item: dict[str, Any], work: Work) -> dict[str, Any]:
+    """A row of the work's answer, or of what it raised: Ray Data would wrap that in pages of its own."""
+    row = {"number": item["number"], "error": "", "made": b""}
+    try:
+        return {**row, "made": work(item)}
+    except DataError as error:
+        return {**row, "error": str(error)}
+    except Exception as error:  # of a function of the user's: all of it is in the log of the node
+        log.exception("%s", item["shard"])
+        return {**row, "error": f"{item['shard']}: {type(error).__name__}: {error}"}
+
+
+@cache
+def _tokenizer(path: str) -> Tokenizer:
+    return load_tokenizer(path)
+
+
+def _index_shard(item: dict[str, Any], storage: StorageSettings) -> bytes:
+    """A shard's line of the manifest, as JSON."""
+    tokenizer = _tokenizer(item["tokenizer"])
+    if tokenizer.fingerprint != item["fingerprint"]:
+        raise DataError(f"{item['tokenizer']}: another tokenizer on a node of the cluster")
+    stamp = Stamp(**json.loads(item["stamp"]))
+    made = index_shard(Storage(storage), item["shard"], stamp, tokenizer)
+    return json.dumps(asdict(summary(item["shard"], *made, item["holdout"]))).encode()
+
+
+def _hashes(item: dict[str, Any]) -> bytes:
+    """Hashes, then numbers in the shard, of all images that can be decoded: uint64 [2, images]."""
+    hashes, places, number = [], [], -1
+    for document, _ in _documents(item["shard"]):
+        for blob in document.images if document else ():  # others are counted when the shard is written
+            number += 1
             try:
-                value = perceptual_hash(decode(blob, MAX_PIXELS))
+                hashes.append(perceptual_hash(decode(blob, MAX_PIXELS)))
             except BadSample:
                 continue  # what cannot be read is no double; training masks and counts it
-            found.append({"hash": str(value), "shard": row["shard"], "key": document.key, "image": number})
-    return found
+            places.append(number)
+    return np.array([hashes, places], np.uint64).tobytes()
 
 
 def _rewrite(
-    source: str, out: str, workers: int, job: dict[str, Any], doubles: dict[str, set] | None = None
+    source: str,
+    out: str,
+    workers: int,
+    job: dict[str, Any],
+    progress: Progress,
+    left: dict[str, bytes] | None = None,
 ) -> Summary:
-    """Run a job over all shards; its counts together."""
-    shards = [url for url, _ in find_shards(source, source)]
-    Path(out).mkdir(parents=True, exist_ok=True)
-    if any(Path(out).glob("*.tar")):
-        raise DataError(f"{out}: already holds shards; choose an empty folder or remove them")
-    left = {shard: sorted((doubles or {}).get(shard, ())) for shard in shards}
-    items = [{"shard": shard, "out": out, "doubles": left[shard], **job} for shard in shards]
-    rows = ray.data.from_items(items, override_num_blocks=min(len(items), 8 * workers)).map(
-        _rewrite_shard, concurrency=workers
-    )
+    """Run a job over all shards that are not done; the counts of all."""
+    storage = Storage()
+    shards = find_shards(source, source, storage)
+    _claim(storage, out, job, shards)
+    done = {url.rpartition("/")[2] for url, _ in storage.find(out, DONE)}
+    items = [
+        {"number": number, "shard": url, "out": out, "doubles": (left or {}).get(url, b""), **job}
+        for number, (url, _) in enumerate(shards)
+        if _name(url) + DONE not in done
+    ]
+    finished = len(shards) - len(items)
+    progress(finished, len(shards))
+    for _ in _rows(items, _rewrite_shard, workers) if items else ():
+        finished += 1
+        progress(finished, len(shards))
     total = Summary()
-    for row in rows.iter_rows():
-        total.documents += row["documents"]
-        total.images += row["images"]
-        total.dropped.update(dict(zip(row["reasons"], row["counts"], strict=True)))
+    for url, _ in shards:
+        counts = json.loads(storage.read_file(join(out, _name(url) + DONE)) or b"{}")
+        total.documents += counts["documents"]
+        total.images += counts["images"]
+        total.dropped.update(counts["dropped"])
     return total
 
 
-def _rewrite_shard(job: dict[str, Any]) -> dict[str, Any]:
-    """One shard of a job; written under its own name once it is whole."""
-    name, out = job["shard"].rpartition("/")[2], Path(job["out"])
+def _name(url: str) -> str:
+    """Of a shard, without its suffix."""
+    return url.rpartition("/")[2].removesuffix(".tar")
+
+
+def _claim(storage: Storage, out: str, job: dict[str, Any], shards: list[tuple[str, Stamp]]) -> None:
+    """Note what the folder's shards come from, or check that it is this."""
+    listed = [[_name(url), stamp.size, stamp.etag] for url, stamp in shards]
+    digest = hashlib.blake2b(json.dumps(listed).encode(), digest_size=16).hexdigest()
+    plan = {**job, "shards": len(shards), "source": digest}
+    if is_local(out):
+        os.makedirs(local_path(out), exist_ok=True)
+    note = join(out, JOB)
+    found = storage.read_file(note)
+    if found is not None and json.loads(found) != plan:
+        raise DataError(f"{out}: holds another job, {found.decode()}; choose an empty folder")
+    if found is None:
+        if storage.find(out, ".tar"):
+            raise DataError(f"{out}: already holds shards; choose an empty folder or remove them")
+        storage.write(note, json.dumps(plan).encode())
+
+
+def _rewrite_shard(job: dict[str, Any]) -> bytes:
+    """One shard of a job; its counts are written last."""
+    name, out, storage = _name(job["shard"]), job["out"], Storage()
+    counts: dict[str, Any] = {"documents": 0, "images": 0}
     dropped: Counter[str] = Counter()
-    kept = _edited(job, dropped)
-    draft = out / f".{name}.draft"
-    shutil.rmtree(draft, ignore_errors=True)  # of a job that was stopped
-    with ShardWriter(draft, documents_per_shard=1 << 30, bytes_per_shard=1 << 60) as writer:
-        for document in kept:
-            writer.write(document)
-    if writer.summary.documents:
-        (draft / "000000.tar").replace(out / name)
-    draft.rmdir()
-    return {
-        "documents": writer.summary.documents,
-        "images": writer.summary.images,
-        "reasons": list(dropped),
-        "counts": list(dropped.values()),
-    }
+
+    def kept() -> Iterator[Document]:
+        for document in _edited(job, dropped):
+            counts["documents"] += 1
+            counts["images"] += len(document.images)
+            yield document
+
+    if is_local(out):
+        write_shard(Path(local_path(out)) / f"{name}.tar", kept())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{name}.tar"
+            write_shard(path, kept())
+            if path.exists():
+                storage.write(join(out, f"{name}.tar"), path.read_bytes())
+    text = json.dumps({**counts, "dropped": dropped}, ensure_ascii=False)
+    storage.write(join(out, name + DONE), text.encode())
+    return b""
 
 
 def _edited(job: dict[str, Any], dropped: Counter[str]) -> Iterator[Document]:
@@ -242,9 +365,11 @@ def _edited(job: dict[str, Any], dropped: Counter[str]) -> Iterator[Document]:
         answers = edit(held)
         if len(answers) != len(held):
             raise DataError(f"{job['function']}: gave {len(answers)} answers for {len(held)} documents")
-        for answer in answers:
+        for given, answer in zip(held, answers, strict=True):
             if isinstance(answer, str):
                 dropped[answer] += 1
+            elif answer.key != given.key:
+                raise DataError(f"{job['function']}: made {answer.key!r} of {given.key!r}; keys must stay")
             else:
                 yield answer
         held.clear()
@@ -262,22 +387,25 @@ def _edited(job: dict[str, Any], dropped: Counter[str]) -> Iterator[Document]:
 
 def _edit_of(job: dict[str, Any]) -> Edit:
     if job["kind"] == "dedup":
-        doubles = {(key, image) for key, image in job["doubles"]}
-        return lambda documents: [_without(document, doubles) for document in documents]
+        left = set(np.frombuffer(job["doubles"], np.uint64).tolist())
+        seen = [0]
+        return lambda documents: [_without(document, left, seen) for document in documents]
     function = load_function(job["function"])
     if job["kind"] == "recaption":
         return function
     return lambda documents: [function(document) or document for document in documents]
 
 
-def _without(document: Document, doubles: set[tuple[str, int]]) -> Document | str:
-    """The document without its doubles, or the reason to leave it out."""
+def _without(document: Document, left: set[int], seen: list[int]) -> Document | str:
+    """The document without its doubles, or the reason to leave it out; ``seen`` counts the shard's images."""
     content: list[str | bytes] = []
-    number = -1
     for piece in document.content:
-        number += isinstance(piece, bytes)
-        if isinstance(piece, str) or (document.key, number) not in doubles:
+        if isinstance(piece, str):
             content.append(piece)
+            continue
+        if seen[0] not in left:
+            content.append(piece)
+        seen[0] += 1
     if document.images and not any(isinstance(piece, bytes) for piece in content):
         return "all images are doubles"
     return Document(document.key, content, document.metadata)
@@ -286,21 +414,24 @@ def _without(document: Document, doubles: set[tuple[str, int]]) -> Document | st
 def _documents(shard: str) -> Iterator[tuple[Document | None, str]]:
     """Documents of a shard in order; in the place of a bad one None and the reason."""
     storage = Storage()
-    for key, members in scan_file(shard):
-        by_name = {member.name: member for member in members}
-        problem = next((member.problem for member in members if member.problem), "")
-        try:
-            if problem or "json" not in by_name:
-                raise BadSample(problem or "no json")
-            if len(by_name) < len(members):
-                raise BadSample("member is there twice")
-            read = partial(_read, storage, shard, by_name)
-            pieces, metadata = parse_content(read("json"))
-            content: list[str | bytes] = [read(value) if kind == "image" else value for kind, value in pieces]
-        except BadSample as bad:
-            yield None, bad.reason
-            continue
-        yield Document(key, content, metadata), ""
+    with StoredFile(storage, shard, storage.stat(shard)) as file:
+        for key, members in scan_shard(file, shard):
+            by_name = {member.name: member for member in members}
+            problem = next((member.problem for member in members if member.problem), "")
+            try:
+                if problem or "json" not in by_name:
+                    raise BadSample(problem or "no json")
+                if len(by_name) < len(members):
+                    raise BadSample("member is there twice")
+                read = partial(_read, storage, shard, by_name)
+                pieces, metadata = parse_content(read("json"))
+                content: list[str | bytes] = [
+                    read(value) if kind == "image" else value for kind, value in pieces
+                ]
+            except BadSample as bad:
+                yield None, bad.reason
+                continue
+            yield Document(key, content, metadata), ""
 
 
 def _read(storage: Storage, shard: str, members: dict[str, Member], name: str) -> bytes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,10 +13,13 @@ from rich.table import Table
 
 from data_pipeline.errors import DataError
 from data_pipeline.formats import Summary
+from data_pipeline.reporting import bar
 from data_pipeline.settings import DataSettings
 
 Source = Annotated[str, typer.Argument(help="Folder or URL of shards.", show_default=False)]
-Out = Annotated[Path, typer.Option(help="Folder of shards to write; must hold none yet.", show_default=False)]
+Out = Annotated[
+    str, typer.Option(help="Folder or URL of shards to write; a job in it goes on.", show_default=False)
+]
 Function = Annotated[str, typer.Option(help="module:function, importable here and on the cluster.")]
 Workers = Annotated[int, typer.Option(min=1, help="Shards worked on at a time.")]
 Cluster = Annotated[str, typer.Option(help="auto, local or host:port of the Ray cluster.")]
@@ -47,9 +51,10 @@ def bench(
         table.add_row(row["name"], row["unit"], f"{row['a CPU-second']:,.0f}", f"{row['a second']:,.0f}")
     console = Console()
     console.print(table)
-    ratios = Table("ratio to the raw limit", "")
-    for name, value in found["ratios"].items():
-        ratios.add_row(name, f"{value:.2f}")
+    ratios = Table("ratio to the raw limit", "median", "quartiles")
+    for name, median in found["ratios"].items():
+        low, high = found["quartiles"][name]
+        ratios.add_row(name, f"{median:.2f}", f"{low:.2f} to {high:.2f}")
     console.print(ratios)
 
 
@@ -79,38 +84,48 @@ def filter_(
     as_json: Json = False,
 ) -> Summary:
     """Keep the documents that a function accepts: it gives None, or the reason to leave one out."""
-    from data_pipeline.ray_jobs import filter_corpus
-
-    _join(ray, workers)
-    return filter_corpus(source, str(out), function, workers)
+    return _job("filter_corpus", ray, workers, source, out, function=function)
 
 
 def recaption(
     source: Source,
     out: Out,
     function: Function,
+    batch: Annotated[int, typer.Option(min=1, help="Documents given to the function at a time.")] = 32,
     workers: Workers = 2,
     ray: Cluster = "local",
     as_json: Json = False,
 ) -> Summary:
     """Change documents through a function of a list of them, a model that describes images, say."""
-    from data_pipeline.ray_jobs import recaption_corpus
-
-    _join(ray, workers)
-    return recaption_corpus(source, str(out), function, workers)
+    return _job("recaption_corpus", ray, workers, source, out, function=function, batch=batch)
 
 
 def dedup(
-    source: Source, out: Out, workers: Workers = 2, ray: Cluster = "local", as_json: Json = False
+    source: Source,
+    out: Out,
+    distance: Annotated[int, typer.Option(help="Bits of 64 in which the hashes may differ.")] = 4,
+    workers: Workers = 2,
+    ray: Cluster = "local",
+    as_json: Json = False,
 ) -> Summary:
     """Leave out images that look like an earlier one (perceptual hash)."""
-    from data_pipeline.ray_jobs import dedup_corpus
-
-    _join(ray, workers)
-    return dedup_corpus(source, str(out), workers)
+    return _job("dedup_corpus", ray, workers, source, out, distance=distance)
 
 
-def _join(address: str, workers: int) -> None:
+def index_on(address: str, workers: int) -> Callable:
+    """``ray_jobs.index_corpus`` on that cluster, which this process joins."""
+    from data_pipeline.ray_cluster import connect
+    from data_pipeline.ray_jobs import index_corpus
+
+    connect(DataSettings(ray_address=address, workers=workers))
+    return index_corpus
+
+
+def _job(name: str, address: str, workers: int, source: str, out: str, **options: Any) -> Summary:
+    """Run a function of ``ray_jobs`` on a cluster, with a progress bar."""
+    from data_pipeline import ray_jobs
     from data_pipeline.ray_cluster import connect
 
     connect(DataSettings(ray_address=address, workers=workers))
+    with bar("shards") as progress:
+        return getattr(ray_jobs, name)(source, out, workers=workers, progress=progress, **options)

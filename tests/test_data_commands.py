@@ -4,10 +4,12 @@ import json
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from data_pipeline import cli
@@ -17,7 +19,7 @@ from data_pipeline.formats import Document, write_documents
 from data_pipeline.storage import Storage
 from data_pipeline.stream import Stream
 from data_pipeline.tokens import load_tokenizer
-from tests.data_corpora import cut_jpeg, documents, make_settings, picture
+from tests.data_corpora import cut_jpeg, documents, make_settings, picture, write_tar
 
 WITHOUT = """
 import sys
@@ -40,9 +42,37 @@ print("ALL DONE")
 """
 
 
-def test_every_data_command_works_without_torch(tmp_path):
+def run_without(commands: list[list[str]]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, repr(commands)], capture_output=True, text=True, timeout=500
+    )
+    assert "ALL DONE" in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+LONG = {"bench", "serve", "filter", "recaption", "dedup"}
+"""Commands that take long or need Ray: the soak tests have them work; here they are asked for help."""
+
+
+@pytest.fixture
+def address(tmp_path):
+    """Of a server on this machine that gives out one picture."""
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.png").write_bytes(picture(5, (200, 200)))
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "web")))
+    threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}/a.png"
+    running.shutdown()
+    running.server_close()
+
+
+def test_every_data_command_works_without_torch(tmp_path, address):
     pages, mmc4, obelics, pairs = (tmp_path / name for name in ("pages", "mmc4", "obelics", "pairs"))
-    for folder in (pages, mmc4, obelics):
+    for folder in (pages, mmc4, obelics, pairs):
         folder.mkdir()
     (pages / "0.png").write_bytes(picture(1, (200, 200)))
     words = "<p>Enough words to be a paragraph of a page that is kept.</p>"
@@ -52,11 +82,11 @@ def test_every_data_command_works_without_torch(tmp_path):
     (mmc4 / "x.png").write_bytes(picture(2, (200, 200)))
     info = [{"image_name": "x.png", "matched_text_index": 0, "matched_sim": 0.5}]
     (mmc4 / "a.jsonl").write_text(json.dumps({"text_list": ["one"], "image_info": info}))
-    Image.new("RGB", (200, 200)).save(obelics / "a.png")
-    line = {"images": [None], "texts": ["some words"], "metadata": None}
+    (obelics / "a.png").write_bytes(picture(3, (200, 200)))
+    line = {"images": [None, "a.png"], "texts": ["some words", None], "metadata": None}
     (obelics / "a.jsonl").write_text(json.dumps(line))
-    write_documents(documents(3), tmp_path / "own")
-    names = {command.name for command in cli.app.registered_commands}
+    write_tar(pairs / "0.tar", [("k.jpg", picture(4, (200, 200), "JPEG")), ("k.txt", b"a caption")])
+    (tmp_path / "list.jsonl").write_text(json.dumps({"url": address, "caption": "a picture"}))
     out, token = str(tmp_path / "shards"), str(tmp_path / "t" / "tokenizer.json")
     run = [
         ["storybook", "--out", out, "--stories", "30", "--json"],
@@ -65,13 +95,31 @@ def test_every_data_command_works_without_torch(tmp_path):
         ["inspect", out, "--tokenizer", token, "--out", str(tmp_path / "page.html"), "--rows", "2", "--json"],
         ["import-html", str(pages), "--out", str(tmp_path / "h"), "--json"],
         ["import-mmc4", str(mmc4), "--out", str(tmp_path / "m"), "--drop-single", "0", "--json"],
+        ["import-obelics", str(obelics), "--out", str(tmp_path / "o"), "--json"],
+        ["import-pairs", str(pairs), "--out", str(tmp_path / "p"), "--json"],
+        ["download", str(tmp_path / "list.jsonl"), "--out", str(tmp_path / "d"), "--allow", "127.0.0.1"],
     ]
-    run += [[name, "--help"] for name in sorted(names - {arguments[0] for arguments in run})]
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, repr(run)], capture_output=True, text=True, timeout=500
+    names = {command.name for command in cli.app.registered_commands}
+    assert {arguments[0] for arguments in run} | LONG == names
+    run_without(run + [[name, "--help"] for name in sorted(LONG)])
+    for folder in "hmopd":
+        assert (tmp_path / folder / "000000.tar").stat().st_size > 0, folder
+
+
+@pytest.mark.soak
+def test_long_commands_and_those_of_a_cluster_work_without_torch(tmp_path):
+    write_documents(documents(20), tmp_path / "in")
+    source, function = str(tmp_path / "in"), "tests.test_data_jobs:{}"
+    common = ["--ray", "local", "--workers", "1", "--json"]
+    run_without(
+        [
+            ["filter", source, "--out", f"{tmp_path}/f", "--function", function.format("short"), *common],
+            ["recaption", source, "--out", f"{tmp_path}/r", "--function", function.format("same"), *common],
+            ["dedup", source, "--out", f"{tmp_path}/d", *common],
+            ["bench", "--images", "64", "--rounds", "1", "--executors", "inline", "--decoder", "pillow"],
+        ]
     )
-    assert "ALL DONE" in done.stdout, done.stdout[-2000:] + done.stderr[-3000:]
-    assert {"download", "index", "inspect", "import-pairs", "import-obelics"} <= names
+    assert len(list(tmp_path.glob("[frd]/000000.tar"))) == 3
 
 
 def test_the_index_command_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
