@@ -229,9 +229,11 @@ def timed(folder: str, model: str, ways: list[Way], steps: int) -> tuple[list[li
 def acknowledged() -> int:
     """Bytes that have arrived at the other ends of this process's TCP connections."""
     total = 0
-    for descriptor in os.listdir("/proc/self/fd"):
-        # An error: it is no connection, or was closed since it was listed.
-        with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as connection:
+    for descriptor in Path("/proc/self/fd").iterdir():
+        if not os.path.lexists(descriptor) or not os.readlink(descriptor).startswith("socket:"):
+            continue
+        with socket.socket(fileno=os.dup(int(descriptor.name))) as connection, suppress(OSError):
+            # An error: it is none of TCP.
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 232)
             total += struct.unpack_from("Q", info, BYTES_ACKED)[0]
     return total
@@ -337,8 +339,8 @@ def times(model: str, folder: str, steps: int) -> Iterator[str]:
 def traffics(folder: str, steps: int) -> Iterator[str]:
     """Bytes sent by group."""
     yield head("layout", "model", "rank", "group", "counted", "by the sizes", "ratio", "kernel / counted")
-    with processes(4) as on:
-        for model, ranks, way in COUNTED:
+    for model, ranks, way in COUNTED:
+        with processes(ranks) as on:
             yield from _sent_rows(model, way.name, on(ranks, sent, folder, model, way))
 
 
