@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ from data_pipeline.settings import DataSettings
 NAMESPACE = "mmi-data"
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 """Environment variables that Ray reads."""
+
+KNOCK = 10.0
+"""Seconds that a cluster has to take a connection."""
 
 PATIENCE = 20.0
 """Seconds that Ray's processes have to end."""
@@ -47,11 +51,12 @@ def connect(settings: DataSettings) -> None:
         "runtime_env": {"env_vars": {"PYTHONPATH": _path(), "TOKENIZERS_PARALLELISM": "false"}},
     }
     try:
+        _knock(settings.ray_address)
         if settings.ray_address == "local":
             ray.init(address="local", num_cpus=settings.workers + 1, include_dashboard=False, **common)
         else:
             ray.init(address=settings.ray_address, **common)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise DataError(
             f"data.ray_address={settings.ray_address}: no Ray cluster answers ({error}); start one with "
             f"`mmi data serve`, give this machine its token ({token_path()}), or set data.ray_address=local"
@@ -96,6 +101,13 @@ def serve(address: str | None, workers: int, port: int = 6379) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _knock(address: str) -> None:
+    """See that somebody listens at ``host:port``; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK).close()
 
 
 def has_token() -> bool:
