@@ -19,7 +19,7 @@ from data_pipeline.corpus import make_index
 from data_pipeline.errors import BadSample, DataError
 from data_pipeline.remote import Changed, Gone, Transient
 from data_pipeline.settings import StorageSettings
-from data_pipeline.storage import Range, Stamp, Storage, StorageError, StoredFile
+from data_pipeline.storage import MOST_OPEN, LocalFiles, Range, Stamp, Storage, StorageError, StoredFile
 from data_pipeline.stream import Stream
 from data_pipeline.tar import CUT_SHORT, MAX_EXTENDED, NotTar, headers
 from tests.data_corpora import documents, make_settings
@@ -70,6 +70,37 @@ def test_ranges_of_a_local_file_are_checked(tmp_path):
     os.utime(path, ns=(1, 1))
     with pytest.raises(BadSample, match="written to since"):
         storage.read(Range(str(path), 5, 10, stamp.etag))
+
+
+def test_local_files_are_opened_once_a_few_at_a_time_and_closed(tmp_path, monkeypatch):
+    places = []
+    for number in range(40):
+        (tmp_path / f"{number}").write_bytes(b"%02d" % number)
+        places.append(Range(str(tmp_path / f"{number}"), 0, 2))
+    held, most, opened = set(), 0, 0
+    real_open, real_close = os.open, os.close
+
+    def count_open(*given):
+        nonlocal most, opened
+        handle = real_open(*given)
+        held.add(handle)
+        most, opened = max(most, len(held)), opened + 1
+        return handle
+
+    def count_close(handle):
+        held.discard(handle)
+        real_close(handle)
+
+    monkeypatch.setattr(os, "open", count_open)
+    monkeypatch.setattr(os, "close", count_close)
+    with LocalFiles() as files:
+        assert [files.read(place) for place in places[:3] * 4] == [b"00", b"01", b"02"] * 4
+        assert opened == 3
+        assert [files.read(place) for place in places] == [b"%02d" % number for number in range(40)]
+        stale = files.read(places[39]._replace(etag="other"))
+        assert isinstance(stale, BadSample) and stale.reason == "shard has changed"
+    assert most <= MOST_OPEN + 1
+    assert not held
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["no cache", "cache"])
