@@ -53,10 +53,11 @@ class Case:
         levels, every = len(site.shapes), self.rows * site.queries
         t = {"value": normal(total, positions, site.heads, site.channels).to(self.dtype)}
         if self.fused:
-            # As at the start of training, scattered by a few pixels of the base grid.
-            t["offsets"] = normal(every, site.heads, site.points, 2, scale=site.base * 3 / 16)
+            # As the release starts: scattered by 3 pixels of the base grid for tokens, by 1 in the U-Net.
+            scattered = 3.0 if site.place == "language" else 1.0
+            t["offsets"] = normal(every, site.heads, site.points, 2, scale=scattered)
             t["logits"] = normal(every, site.heads, levels, site.points)
-            t["table_offsets"] = normal(site.rows, site.heads, site.points, 2, scale=site.base / 16)
+            t["table_offsets"] = normal(site.rows, site.heads, site.points, 2, scale=scattered / 3)
             t["table_logits"] = normal(site.rows, site.heads, levels, site.points)
             t["reference_points"] = self.centres()
             t["visible"] = self.intervals().to(self.device)
@@ -90,10 +91,11 @@ class Case:
         return seen * (self.rows * site.queries // len(interval)) * per_pair
 
     def centres(self) -> Tensor:
-        """Tokens look around the middle, a drawn image's pixels around their own place."""
+        """Tokens look around the middle ([1, 2], as the model says it), a drawn image's pixels around their
+        own place."""
         queries, side = self.site.queries, int(self.site.queries**0.5)
         if self.site.place == "language":
-            return torch.full((self.rows * queries, 2), 0.5, device=self.device)
+            return torch.full((1, 2), 0.5, device=self.device)
         index = torch.arange(queries, device=self.device)
         points = torch.stack([index % side, index // side], -1)
         return ((points + 0.5) / side).repeat(self.rows, 1)
@@ -141,7 +143,8 @@ class Case:
         back = back.clamp_min(0)  # 0: not visible
 
         shift = (t["offsets"].unflatten(0, rows)[:, :, None] + t["table_offsets"][back]) / site.base
-        locations = t["reference_points"].view(*rows, 1, 1, 1, 2) + shift  # [rows, queries, images, H, P, 2]
+        centres = t["reference_points"].expand(self.rows * site.queries, 2)
+        locations = centres.view(*rows, 1, 1, 1, 2) + shift  # [rows, queries, images, H, P, 2]
         logits = t["logits"].unflatten(0, rows)[:, :, None] + t["table_logits"][back]
         logits = logits.masked_fill((back == 0)[..., None, None, None], -torch.inf)
         flat = logits.transpose(2, 3).flatten(3)  # [rows, queries, H, images L P]

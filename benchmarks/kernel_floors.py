@@ -15,6 +15,11 @@ L1 = MULTIPROCESSORS * 128 * CLOCK
 LANES = MULTIPROCESSORS * 128 * CLOCK
 ATOMICS = 4.9e12
 CLASSIC_FORWARD, CLASSIC_BACKWARD = 60, 160  # instructions a channel and sample, counted in the source
+# Clocks of a multiprocessor, counted in the source, for 64 queries and one (image, head): 64 pixels of a
+# matrix level in one of its passes, and a window without its atomics.
+MATRIX_CLOCKS, WINDOW_CLOCKS = 2000, 5000
+# Of a window level's atomics, those that still reach L2: the window's own and the corners outside it.
+WINDOW_ATOMICS = {"language": 0.5, "unet": 0.1}
 REACHED = 0.4  # of the L1's rate by a kernel that gathers 16 bytes a lane and is bound by issue too
 
 
@@ -40,26 +45,48 @@ def floors(site: Site) -> dict[str, float]:
     }
 
 
+def ruled(site: Site, found: dict[str, float]) -> tuple[float, float]:
+    """Milliseconds of forward and backward with the second tier where csrc/cuda/plan.h chooses it."""
+    sizes = [height * width for height, width in site.shapes]
+    coarse = [size for size in sizes if size <= min(256, 32 * site.points)]
+    neighbours = {"language": GPU_ROWS * site.queries, "unet": site.queries}.get(site.place, 0)
+    fine = [size for size in sizes if size >= 1024 and neighbours >= 1024]
+    level = 1 / len(sizes)
+    tiles = found["samples"] * level / site.points / 64  # of 64 queries, an image and head each
+    clock = MULTIPROCESSORS * CLOCK / 1e3
+    matrices = tiles * sum(-(-size // 64) for size in coarse) * MATRIX_CLOCKS / clock
+    windows = tiles * len(fine) * WINDOW_CLOCKS / clock
+    gathered = found["l1"] / REACHED * (1 - level * len(coarse))
+    reaching = 1 - level * (len(coarse) + len(fine) * (1 - WINDOW_ATOMICS.get(site.place, 1)))
+    forward = max(gathered + matrices, found["hbm"])
+    return forward, max(gathered + found["atomics"] * reaching + 2 * matrices + windows, found["hbm"])
+
+
 def row(site: Site) -> str:
     found = floors(site)
     forward = max(found["l1"] / REACHED, found["hbm"])
     backward = found["atomics"] + forward
+    second, second_backward = ruled(site, found)
     classic = max(found["classic"], found["l1"], found["hbm"])
     classic_backward = max(found["classic_backward"], found["atomics"] + classic)
     cells = [
         f"{', '.join(site.presets)}: {site.title}",
         f"{found['samples'] / 1e6:.1f} M",
         *(f"{found[name] * 1e3:.0f}" for name in ("hbm", "l1", "atomics")),
-        *(f"{time * 1e3:.0f}" for time in (forward, backward, classic, classic_backward)),
+        *(f"{time * 1e3:.0f}" for time in (forward, backward, second, second_backward)),
+        *(f"{time * 1e3:.0f}" for time in (classic, classic_backward)),
         f"{classic / forward:.1f}, {classic_backward / backward:.1f}",
+        f"{classic / second:.1f}, {classic_backward / second_backward:.1f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     columns = ["case (bf16)", "samples", "HBM floor us", "L1 floor us", "atomics floor us"]
-    columns += ["forward us", "backward us, first tier", "classic forward us", "classic backward us"]
-    columns += ["times faster than classic (forward, backward)"]
+    columns += ["first tier: forward us", "backward us", "as the rule says: forward us", "backward us"]
+    columns += ["classic forward us", "classic backward us"]
+    columns += ["first tier: times faster than classic (forward, backward)", "as the rule says"]
+    tokens, pixels = WINDOW_ATOMICS.values()
     about = f"""\
 # Deformable attention on an H200: expected, NOT YET RUN
 
@@ -70,9 +97,11 @@ CUDA, tests the kernels and writes the measured table, kernels_cuda_<date>.md, b
 The figures follow from floors (benchmarks/kernel_floors.py): bytes that must cross HBM, at
 {HBM / 1e12} TB/s; bytes that samples read from L1, at {L1 / 1e12:.1f} TB/s; the value's gradient,
 added in L2 at an assumed {ATOMICS / 1e12} TB/s. Forward: {REACHED:.0%} of the L1's rate. Backward,
-first tier: the atomics of every sample reach L2, and the forward's reads happen once more; the second
-tier adds most of them on chip and has to undercut this where three times the classic backward is
-wanted. Classic kernel: {CLASSIC_FORWARD} and {CLASSIC_BACKWARD} instructions a channel and sample,
+first tier: the atomics of every sample reach L2, and the forward's reads happen once more. As the rule
+of plan.h says: levels of at most 256 pixels by tensor cores at {MATRIX_CLOCKS} clocks a piece, levels of at
+least 1024 with windows at {WINDOW_CLOCKS}, after which {tokens:.0%} (tokens) or {pixels:.0%} (U-Net) of
+their atomics reach L2: counts of instructions and of pixels touched, the least sure of these figures.
+Classic kernel: {CLASSIC_FORWARD} and {CLASSIC_BACKWARD} instructions a channel and sample,
 images that are not visible included, with locations and softmax given.
 
 {GPU_ROWS} rows of {GPU_IMAGES} images (fewer where fewer are within reach), {VISIBLE:.0%} of a row's

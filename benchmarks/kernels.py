@@ -7,7 +7,8 @@ benchmarks/kernel_floors.py.
 The shapes are those of every preset (kernel_shapes.json) and, on the CPU, one row of 512 queries with
 4 images, which the first version was measured at. Baselines and ours take turns, so that a busy
 machine slows all. On the CPU: process CPU time and wall. On a GPU: CUDA events, the L2 cache flushed
-before each run.
+before each run; ours also by the first tier alone and by each half of the second wherever it can run,
+from which the rule of kernels/csrc/cuda/plan.h is to be set.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import ctypes
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -28,13 +30,15 @@ import torch
 
 from benchmarks.kernel_cases import Case, check, gradients
 from benchmarks.kernel_shapes import Site, load
-from mmi_kernels import build, status
+from mmi_kernels import build, library, status
 
 RESULTS = Path(__file__).parent / "results"
 FIRST = Site("language", ("one row",), 512, ((32, 32), (16, 16), (8, 8)), 16, 64, 8, 50, 16)
 CPU_QUERIES, CPU_IMAGES = 256, 2  # most of a preset's row that the CPU measures
 GPU_ROWS, GPU_IMAGES = 4, 6
 VISIBLE = 0.58  # of a row's (token, image) pairs
+TIERS = {"first": 1, "matrices": 2, "windows": 3}  # of mmi_kernels.library.set_device_tier
+HEAD_START = 4_000_000  # clocks, about 2 ms: longer than Python takes to launch what is timed
 
 
 @dataclass
@@ -98,6 +102,7 @@ class GpuMeter:
     def time(self, function: Callable[[], object]) -> tuple[float, ...]:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.zero_()
+        torch.cuda._sleep(HEAD_START)  # so that the device never waits for the launches it is timed with
         begin.record()
         function()
         end.record()
@@ -193,6 +198,8 @@ def line(run: Run, meter: Meter, repeats: int, rate: float) -> str:
     """One row of the table."""
     functions = {"composition": run.composition, "classic": run.classic, "ours": run.ours}
     present = {name: function for name, function in functions.items() if function is not None}
+    if isinstance(meter, GpuMeter):
+        present |= {name: in_tier(tier, run.ours) for name, tier in TIERS.items()}
     for function in present.values():
         function()
     times: dict[str, list[tuple[float, ...]]] = {name: [] for name in present}
@@ -217,8 +224,22 @@ def line(run: Run, meter: Meter, repeats: int, rate: float) -> str:
         cells.append(milliseconds("classic"))
     cells += [milliseconds("ours"), faster("composition")]
     if isinstance(meter, GpuMeter):
-        cells += [faster("classic"), f"{l1_floor(run.case) * 1e3:.3g}"]
+        tiers = ", ".join(milliseconds(name) for name in TIERS)
+        cells += [faster("classic"), tiers, f"{l1_floor(run.case) * 1e3:.3g}"]
     return f"| {run.name} | {' | '.join(cells)} | {run.moved / 1e6:.0f} | {share:.1%} | {peak} |"
+
+
+def in_tier(tier: int, function: Callable[[], object]) -> Callable[[], object]:
+    """``function`` with the GPU's kernels of one tier."""
+
+    def call() -> None:
+        library.set_device_tier(tier)
+        try:
+            function()
+        finally:
+            library.set_device_tier(0)
+
+    return call
 
 
 def l1_floor(case: Case) -> float:
@@ -236,7 +257,11 @@ def header(meter: Meter) -> list[str]:
         cells.append("classic kernel ms")
     cells += [f"ours ms ({unit})", f"times faster than grid_sample ({unit})"]
     if isinstance(meter, GpuMeter):
-        cells += ["than classic", "L1 floor of a forward's reads, ms"]
+        cells += [
+            "than classic",
+            f"ours ms by tier ({', '.join(TIERS)})",
+            "L1 floor of a forward's reads, ms",
+        ]
     cells += ["MB that must move", "share of copy bandwidth", "peak MB (grid_sample, ours)"]
     return [f"| {' | '.join(cells)} |", "|" + "---|" * len(cells)]
 
@@ -277,6 +302,8 @@ def measure(device: str, repeats: int, only: str) -> Iterator[list[str]]:
 
 
 def commit() -> str:
+    if shutil.which("git") is None:
+        return "unknown"
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     return done.stdout.strip() or "unknown"

@@ -22,7 +22,14 @@ DTYPES = list(TOLERANCE)
 
 
 def moved(tensor, device: str):
-    return tensor.to(device) if isinstance(tensor, Tensor) else tensor
+    """On a device, its strides kept: ``to`` alone closes gaps."""
+    if not isinstance(tensor, Tensor):
+        return tensor
+    there = tensor.to(device)
+    if there.stride() == tensor.stride():
+        return there
+    room = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return room.copy_(there)
 
 
 def on(device: str, function: Callable) -> Callable:
@@ -39,12 +46,13 @@ def on(device: str, function: Callable) -> Callable:
 def operators(where: str, deterministic: bool = False, tier: int = 0) -> Iterator[tuple[Callable, Callable]]:
     """(mmfs_attention, ms_deform_attn) by the CUDA kernels.
 
-    Tiers: 0 as the rule says, 1 the first alone, 2 the second wherever it can run.
+    Tiers: 0 as the rule says, 1 the first alone, 2 the second's matrices and 3 its windows wherever they
+    can run.
     """
     before = torch.are_deterministic_algorithms_enabled()
-    native = library._State.handle if where == "gpu" else kernels_emulated.loaded()
+    set_tier = library.set_device_tier if where == "gpu" else kernels_emulated.loaded().mmi_set_device_tier
     torch.use_deterministic_algorithms(deterministic)
-    native.mmi_set_device_tier(tier)
+    set_tier(tier)
     try:
         if where == "gpu":
             yield on("cuda", mmfs_attention), on("cuda", ms_deform_attn)
@@ -52,7 +60,7 @@ def operators(where: str, deterministic: bool = False, tier: int = 0) -> Iterato
             with kernels_emulated.emulated():
                 yield mmfs_attention, ms_deform_attn
     finally:
-        native.mmi_set_device_tier(0)
+        set_tier(0)
         torch.use_deterministic_algorithms(before)
 
 
@@ -231,7 +239,18 @@ def test_strides_do_not_matter(where):
         expected = case.run(mmfs)
         for changed in (apart, {"value": odd[..., :32]}):
             found = case.run(mmfs, **changed)
-            assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+            # (On a GPU other loads are another kernel, whose sums nvcc may contract otherwise.)
+            compare(found, {key: tensor.double() for key, tensor in expected.items()}, 1e-2)
+            if where == "emulated":
+                assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def test_a_tensor_that_moves_keeps_its_strides(monkeypatch):
+    """Or the odd distance of the test above would be gone where it matters."""
+    odd = torch.arange(12.0).view(2, 6)[:, :3]
+    monkeypatch.setattr(Tensor, "to", lambda self, device: self.clone(memory_format=torch.contiguous_format))
+    there = moved(odd, "cpu")
+    assert there.stride() == (6, 1) and there.data_ptr() != odd.data_ptr() and torch.equal(there, odd)
 
 
 @st.composite
@@ -263,14 +282,21 @@ def second_tier_cases(draw) -> Case:
 @pytest.mark.parametrize("where", WHERE)
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(case=second_tier_cases(), deterministic=st.booleans())
-def test_second_tier(where, case, deterministic):
+def test_matrices(where, case, deterministic):
     check(case, where, deterministic, tier=2)
 
 
 @pytest.mark.parametrize("where", WHERE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(case=second_tier_cases())
+def test_windows(where, case):
+    check(case, where, tier=3)
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spread", [0.3, 30.0])
-@pytest.mark.parametrize(("group_size", "channels"), [(256, 12), (100, 7)])
+@pytest.mark.parametrize(("group_size", "channels"), [(256, 24), (100, 8)])
 def test_windows_of_a_grid_of_queries(where, dtype, spread, group_size, channels):
     """8 x 8 tiles of a square grid, and runs of queries where there is none; samples inside and outside."""
     case = Case(
@@ -279,7 +305,7 @@ def test_windows_of_a_grid_of_queries(where, dtype, spread, group_size, channels
     ).drawn()  # fmt: skip
     case.tensors["visible"] = torch.tensor([[0, 2], [1, 2]]).int()
     expected = case.run(mmfs_attention)  # the CPU's kernels: the oracle's loops take too long here
-    with operators(where, tier=2) as (mmfs, _):
+    with operators(where, tier=3) as (mmfs, _):
         found = case.run(mmfs)
     compare(found, {name: tensor.double() for name, tensor in expected.items()}, TOLERANCE[dtype])
 
@@ -325,8 +351,11 @@ def test_tensor_cores_are_exact_where_the_numbers_are(where):
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize(("tier", "dtype"), [(1, torch.float32), (2, torch.bfloat16)])
 def test_deterministic_algorithms_give_the_same_bits(where, tier, dtype):
-    """Threads run in another order each time; without the mode, sums of atomics show it."""
-    case = Case(queries=70, groups=2, heads=1, channels=16, images=2, shapes=((2, 2),), dtype=dtype).drawn()
+    """Threads run in another order each time; without the mode, sums of atomics show it. (On a GPU it
+    takes many blocks for that.)"""
+    queries = 70 if where == "emulated" else 70_000
+    case = Case(queries=queries, groups=2, heads=1, channels=16, images=2, shapes=((2, 2),), dtype=dtype)
+    case = case.drawn() if where == "emulated" else case.drawn(margin=0)
     case.tensors["visible"] = torch.tensor([[0, 2], [0, 2]]).int()
 
     def runs(deterministic: bool, tier: int) -> list[dict[str, Tensor]]:
@@ -371,7 +400,7 @@ CHANGES = {
         1,
         "owner.cuh",
         COMPLETE,
-        f"if (index < samples) {COMPLETE}",
+        f"if (owned[0] >= 0) {COMPLETE}",
         "barrier|stuck",
     ),
     "a bounds mask": ("f32", 1, "sampling.cuh", "if (channel + i < channels) loaded", "loaded", "index"),
@@ -383,12 +412,12 @@ CHANGES = {
         "for (int j = 0; j < UNIT; ++j) p.added_value[to + i + j] += part[j];",
         "race",
     ),
-    "an atomic of a window": (
-        "f32",
-        2,
+    "a barrier of a window": (
+        "bf16",
+        3,
         "window.cuh",
-        "atomic_add(window, near + i, share * g[i]);",
-        "window[near + i] += share * g[i];",
+        "__syncthreads();  // the window's weights are complete",
+        "",
         "race",
     ),
     "a barrier between matrices": (

@@ -126,8 +126,9 @@ class Case:
     def exact(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def drawn(self) -> Case:
-        """With tensors of random numbers, no sample closer to a pixel line than rounding reaches."""
+    def drawn(self, margin: float = 1e-5) -> Case:
+        """With tensors of random numbers, no sample closer to a pixel line than ``margin`` (in pixels): than
+        rounding reaches, unless it does not matter."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def draw(*shape: int) -> Tensor:
@@ -155,7 +156,7 @@ class Case:
                 if tensors[name] is not None:
                     tensors[name] = tensors[name].to(self.exact)
             case = replace(self, tensors=tensors)
-            if self.dtype == torch.float64 or case.margin() > 1e-5:
+            if margin == 0 or self.dtype == torch.float64 or case.margin() > margin:
                 return case
 
     def margin(self) -> float:

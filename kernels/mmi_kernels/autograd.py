@@ -78,7 +78,8 @@ def _mmfs_backward(operators, ctx, grad_out: Tensor, _grad_stats: Tensor):
     if sink_value is not None and needs[8]:
         peak, total = stats.unbind(0)
         share = torch.exp(-peak) / total if ctx.sink else (total == 0).to(peak.dtype)
-        grad_sink = torch.einsum("qh,qhd->hd", share, grad_out.to(share.dtype))
+        # (No matrix product: cuBLAS refuses deterministic algorithms without an environment variable.)
+        grad_sink = (share[..., None] * grad_out).sum(0)
     kept = [grad if need else None for grad, need in zip(grads, needs[2:6], strict=True)]
     return grad_value if needs[0] else None, None, *kept, grad_reference, None, grad_sink, None, None
 

@@ -127,6 +127,18 @@ def status() -> dict[str, str | None]:
     }
 
 
+def set_device_tier(tier: int) -> None:
+    """Choose the GPU's kernels, for tests and measurements: 0 by the rule of csrc/cuda/plan.h; 1 the first
+    tier alone; 2 the second's matrices and 3 its windows wherever they can run.
+
+    Raises:
+        RuntimeError: the library holds no GPU kernels.
+    """
+    if not hasattr(_State.handle, "mmi_set_device_tier"):
+        raise RuntimeError(f"no compiled operators for a GPU: {_State.reason}")
+    _State.handle.mmi_set_device_tier(tier)
+
+
 def set_instruction_set(name: str) -> bool:
     """Run the kernels of one instruction set ("avx512", "avx2", "baseline"); for tests.
 

@@ -5,7 +5,8 @@
 // Forward: one thread an output channel, scalar loads, every thread works out every location.
 // Backward: one block a (query, head) with one thread a channel; four scalar atomics a channel and
 // sample; a sample's three scalar gradients are summed over the block between barriers, by thread 0
-// alone up to 32 channels, else by halving. The softmax and the locations are made before, elsewhere.
+// alone up to 32 channels, else by halving. Indices are 32-bit, as theirs are. The softmax and the
+// locations are made before, elsewhere.
 #include "../cuda/device.cuh"
 
 // Plain pointers, as ctypes gives them; see benchmarks/classic.py. "real": double for float64
@@ -31,8 +32,7 @@ constexpr int kSerialChannels = 32;
 
 template <typename T, typename A>
 struct Classic {
-  int64_t positions, heads, channels, queries, items;  // items: queries of the batch x heads
-  int levels, points;
+  int positions, heads, channels, queries, items, levels, points;  // items: queries of the batch x heads
   Array<const T> value, grad_out;
   Array<const int64_t> shapes;
   Array<const A> locations, weights;
@@ -44,24 +44,25 @@ struct Classic {
 template <typename A>
 struct Footprint {
   A dx, dy, width, height;
-  int64_t at[4];  // elements of value; upper left, upper right, lower left, lower right
+  int at[4];  // elements of value; upper left, upper right, lower left, lower right
   bool inside[4];
 };
 
 template <typename T, typename A>
-__device__ __forceinline__ Footprint<A> footprint(const Classic<T, A>& p, int64_t image, int64_t head, int64_t channel,
-                                                 int level, A x, A y) {
-  const int64_t height = p.shapes[3 * level], width = p.shapes[3 * level + 1], start = p.shapes[3 * level + 2];
+__device__ __forceinline__ Footprint<A> footprint(const Classic<T, A>& p, int image, int head, int channel, int level,
+                                                 A x, A y) {
+  const int height = int(p.shapes[3 * level]), width = int(p.shapes[3 * level + 1]);
+  const int start = int(p.shapes[3 * level + 2]);
   Footprint<A> f{};
   f.width = A(width);
   f.height = A(height);
   const A px = x * f.width - A(0.5), py = y * f.height - A(0.5);
   if (!(px > A(-1) && py > A(-1) && px < f.width && py < f.height)) return f;
-  const int64_t left = int64_t(floor(px)), top = int64_t(floor(py));
+  const int left = int(floor(px)), top = int(floor(py));
   f.dx = px - A(left);
   f.dy = py - A(top);
   for (int k = 0; k < 4; ++k) {
-    const int64_t column = left + k % 2, row = top + k / 2;
+    const int column = left + k % 2, row = top + k / 2;
     f.inside[k] = column >= 0 && column < width && row >= 0 && row < height;
     f.at[k] = ((image * p.positions + start + row * width + column) * p.heads + head) * p.channels + channel;
   }
@@ -80,14 +81,14 @@ __device__ __forceinline__ A corner(const Classic<T, A>& p, const Footprint<A>& 
 
 template <typename T, typename A>
 __global__ void __launch_bounds__(kForwardThreads) classic_forward(const __grid_constant__ Classic<T, A> p) {
-  const int64_t index = int64_t(blockIdx.x) * kForwardThreads + threadIdx.x;
+  const int index = int(blockIdx.x * kForwardThreads + threadIdx.x);
   if (index >= p.items * p.channels) return;
-  const int64_t item = index / p.channels, channel = index % p.channels;
-  const int64_t head = item % p.heads, image = item / p.heads / p.queries;
+  const int item = index / p.channels, channel = index % p.channels;
+  const int head = item % p.heads, image = item / p.heads / p.queries;
   A sum = 0;
   for (int level = 0; level < p.levels; ++level) {
     for (int point = 0; point < p.points; ++point) {
-      const int64_t sample = (item * p.levels + level) * p.points + point;
+      const int sample = (item * p.levels + level) * p.points + point;
       const Footprint<A> f =
           footprint(p, image, head, channel, level, p.locations[2 * sample], p.locations[2 * sample + 1]);
       A here = 0;
@@ -127,12 +128,12 @@ __device__ __forceinline__ void sum_over_block(Array<A> parts, const A (&mine)[3
 template <typename T, typename A>
 __global__ void classic_backward(const __grid_constant__ Classic<T, A> p) {
   const Array<A> parts = shared_array<A>(0, 3 * int64_t(blockDim.x));
-  const int64_t item = blockIdx.x, channel = threadIdx.x;
-  const int64_t head = item % p.heads, image = item / p.heads / p.queries;
+  const int item = int(blockIdx.x), channel = int(threadIdx.x);
+  const int head = item % p.heads, image = item / p.heads / p.queries;
   const A grad = to_arithmetic(p.grad_out[item * p.channels + channel]);
   for (int level = 0; level < p.levels; ++level) {
     for (int point = 0; point < p.points; ++point) {
-      const int64_t sample = (item * p.levels + level) * p.points + point;
+      const int sample = (item * p.levels + level) * p.points + point;
       const A weight = p.weights[sample];
       const Footprint<A> f =
           footprint(p, image, head, channel, level, p.locations[2 * sample], p.locations[2 * sample + 1]);
@@ -160,12 +161,14 @@ void run(const ClassicCall& c, bool backward, Stream stream) {
   const int64_t items = c.batch * c.queries * c.heads, samples = items * c.levels * c.points;
   const int64_t values = c.batch * c.positions * c.heads * c.channels, outputs = items * c.channels;
   if (outputs == 0) return;
+  if (std::max({values, outputs, 2 * samples}) > INT32_MAX - kForwardThreads)
+    throw std::runtime_error("more than 2^31 elements");
   Classic<T, A> p{};
-  p.positions = c.positions;
-  p.heads = c.heads;
-  p.channels = c.channels;
-  p.queries = c.queries;
-  p.items = items;
+  p.positions = int(c.positions);
+  p.heads = int(c.heads);
+  p.channels = int(c.channels);
+  p.queries = int(c.queries);
+  p.items = int(items);
   p.levels = int(c.levels);
   p.points = int(c.points);
   p.value = array(static_cast<const T*>(c.value), values);

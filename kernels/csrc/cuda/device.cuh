@@ -68,23 +68,44 @@ __device__ __forceinline__ Vector<T, N> load_vector(Array<const T> from, int64_t
   return out;
 }
 
-// Adds N adjacent numbers; one instruction for four floats from sm_90 on, which sm_80 lacks.
-// Four floats must lie aligned to 16 bytes.
+// Stores N adjacent elements, aligned to their size.
+template <int N, typename T>
+__device__ __forceinline__ void store_vector(Array<T> to, int64_t i, const Vector<T, N>& from) {
+  static_assert(sizeof(T) * N <= 16, "one store");
+  if constexpr (sizeof(from) == 16) {
+    uint4 words;
+    memcpy(&words, &from, 16);
+    *reinterpret_cast<uint4*>(to + i) = words;
+  } else if constexpr (sizeof(from) == 8) {
+    uint2 words;
+    memcpy(&words, &from, 8);
+    *reinterpret_cast<uint2*>(to + i) = words;
+  } else {
+    static_assert(N == 1, "words of 8 or 16 bytes");
+    to[i] = from.at[0];
+  }
+}
+
+// Adds N adjacent numbers; from sm_90 on four or two floats by one instruction, which sm_80 lacks.
+// They must lie aligned to as many.
 template <int N, typename A>
 __device__ __forceinline__ void atomic_add_vector(Array<A> to, int64_t i, const A* values) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kFours = sizeof(A) == 4 ? N / 4 * 4 : 0;
+  constexpr int kTogether = sizeof(A) != 4 ? 1 : N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;
 #else
-  constexpr int kFours = 0;
+  constexpr int kTogether = 1;
 #endif
 #pragma unroll
-  for (int n = 0; n < N; ++n) {
-    if constexpr (kFours != 0) {
-      if (n % 4 == 0)
-        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
-                         __cvta_generic_to_global(to + i + n)),
-                     "f"(values[n]), "f"(values[n + 1]), "f"(values[n + 2]), "f"(values[n + 3])
-                     : "memory");
+  for (int n = 0; n < N; n += kTogether) {
+    if constexpr (kTogether == 4) {
+      asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
+                       __cvta_generic_to_global(to + i + n)),
+                   "f"(values[n]), "f"(values[n + 1]), "f"(values[n + 2]), "f"(values[n + 3])
+                   : "memory");
+    } else if constexpr (kTogether == 2) {
+      asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to + i + n)),
+                   "f"(values[n]), "f"(values[n + 1])
+                   : "memory");
     } else {
       atomicAdd(to + i + n, values[n]);
     }
@@ -95,6 +116,25 @@ __device__ __forceinline__ void atomic_add_vector(Array<A> to, int64_t i, const 
 template <typename T>
 __device__ __forceinline__ uint32_t load_pair(Array<T> from, int64_t i) {
   return *reinterpret_cast<const uint32_t*>(from + i);
+}
+
+// Four 8 x 8 matrices of 16-bit numbers in shared memory: lane l names the first element of row l % 8 of
+// matrix l / 8, aligned to 16 bytes, and gets of each matrix M the pair M[l / 4][l % 4 * 2 + {0, 1}], or
+// of its transpose M[l % 4 * 2 + {0, 1}][l / 4].
+template <bool TRANSPOSED, typename T>
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], Array<T> from, int64_t i) {
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(from + i));
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(at)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(at)
+                 : "memory");
+  }
 }
 
 // A barrier that tells whether any thread of the block says so.
@@ -127,16 +167,13 @@ inline void check(cudaError_t status, const char* what) {
 template <typename... P, typename... Q>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, Stream stream,
             const Q&... arguments) {
+  if (blocks == 0) return;  // CUDA refuses an empty grid
   if (blocks > INT32_MAX) throw std::runtime_error("a kernel's launch: more than 2^31 blocks; split the batch");
   if (shared_bytes > (48 << 10))
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
           "a kernel's shared memory");
   kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared_bytes), stream>>>(arguments...);
   check(cudaGetLastError(), "a kernel's launch");
-}
-
-inline void zero(void* at, int64_t bytes, Stream stream) {
-  check(cudaMemsetAsync(at, 0, size_t(bytes), stream), "zeroing memory");
 }
 
 __device__ __forceinline__ float to_arithmetic(float x) { return x; }

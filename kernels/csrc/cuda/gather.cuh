@@ -43,7 +43,7 @@ __device__ __forceinline__ void mix(const Arguments<T, A>& p, const Sample<A>& s
 }
 
 // Normalises a (query, head)'s sum, adds the sink's share, and writes output and softmax.
-template <bool FUSED, typename T, typename A>
+template <bool FUSED, int UNIT, typename T, typename A>
 __device__ __forceinline__ void finish_output(const Arguments<T, A>& p, const Group& group,
                                               const RunningSoftmax<A>& softmax, int64_t q, int head, int piece,
                                               const A (&sum)[kVector<T>]) {
@@ -60,13 +60,17 @@ __device__ __forceinline__ void finish_output(const Arguments<T, A>& p, const Gr
   }
   const A share = p.sink ? exp_nonpositive(-softmax.peak) * inverse : A(inverse == 0);
   const int channel = (piece * p.lanes + group.rank) * kVector<T>;
-  for (int i = 0; i < kVector<T>; ++i) {
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += UNIT) {
     if (channel + i >= p.channels) break;
-    A result = sum[i] * inverse;
-    if (p.sink_value) result += share * p.sink_value[head * p.channels + channel + i];
-    T rounded;
-    narrow(result, rounded);
-    p.out[(q * p.heads + head) * p.channels + channel + i] = rounded;
+    Vector<T, UNIT> rounded;
+#pragma unroll
+    for (int j = 0; j < UNIT; ++j) {
+      A result = sum[i + j] * inverse;
+      if (p.sink_value) result += share * p.sink_value[head * p.channels + channel + i + j];
+      narrow(result, rounded.at[j]);
+    }
+    store_vector<UNIT>(p.out, (q * p.heads + head) * p.channels + channel + i, rounded);
   }
 }
 
@@ -118,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, UNIT == 1 ? 3 : 4) gather_forward(co
       }
     }
   }
-  finish_output<FUSED>(p, group, softmax, q, head, piece, sum);
+  finish_output<FUSED, UNIT>(p, group, softmax, q, head, piece, sum);
 }
 
 // What a batch of samples has to know of its place in the backward.
@@ -213,7 +217,7 @@ __device__ __forceinline__ void backward_query(const Arguments<T, A>& p, const G
   for (int64_t image = seen.first; image < seen.last; ++image) {
     const int64_t rel = seen.end - image;
     const Place place{q, image, rel, head, channel, piece == 0};
-    const int64_t share_row = (q / p.chunk * p.heads + head) * p.rows + rel;
+    const int64_t share_row = (q / p.chunk * p.heads + head) * p.share_rows + rel;
     for (int batch = 0; batch < p.points; batch += p.lanes) {
       const int point = batch + group.rank;
       const bool valid = point < p.points;
@@ -271,16 +275,27 @@ __global__ void __launch_bounds__(kThreads, UNIT == 1 ? 2 : 3) gather_backward(c
   }
 }
 
-// The chunks' shares of the table's gradients, added up in double in the chunks' order.
+constexpr int kAdjacent = 32;  // elements of the table that a block adds up, a warp every fourth chunk
+
+// The chunks' shares of the table's gradients, added up in double, always in the same order.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads) add_table_shares(const __grid_constant__ Arguments<T, A> p) {
+  const Array<double> sums = shared_array<double>(0, kThreads);
   const int64_t twice = 2 * p.points, samples = p.levels * p.points, row = twice + samples;
-  const int64_t size = int64_t(p.heads) * p.rows * row;
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= size) return;
-  const int64_t j = index % row, rel = index / row % p.rows, head = index / row / p.rows;
+  const int64_t size = int64_t(p.heads) * p.share_rows * row;
+  const int part = int(threadIdx.x) / kAdjacent;
+  const int64_t index = int64_t(blockIdx.x) * kAdjacent + threadIdx.x % kAdjacent;
   double total = 0;
-  for (int64_t chunk = 0; chunk < p.chunks; ++chunk) total += p.table_shares[chunk * size + index];
+  if (index < size) {
+#pragma unroll 8
+    for (int64_t chunk = part; chunk < p.chunks; chunk += kThreads / kAdjacent)
+      total += p.table_shares[chunk * size + index];
+  }
+  sums[threadIdx.x] = total;
+  __syncthreads();
+  if (part != 0 || index >= size) return;
+  for (int other = int(threadIdx.x) + kAdjacent; other < kThreads; other += kAdjacent) total += double(sums[other]);
+  const int64_t j = index % row, rel = index / row % p.share_rows, head = index / row / p.share_rows;
   if (j < twice) {
     p.grad_table_offsets[(rel * p.heads + head) * twice + j] = A(total);
   } else {

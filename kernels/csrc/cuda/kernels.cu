@@ -56,24 +56,22 @@ void matrix_levels_backward(const DeviceProblem& p, const Arguments<T, A>& a, St
     for (int l = 0; l < p.levels; ++l)
       if (p.matrix_levels >> l & 1) pieces += blocks_for(int64_t(p.width[l]) * p.height[l], kTile);
     const int64_t blocks = pieces * p.images * p.heads;
-    if (blocks && (p.added_value || p.owned_value))
+    if (p.added_value || p.owned_value)
       launch(matrix_backward_value<T, FUSED>, blocks, kThreads, matrix_bytes(0), stream, a, pieces);
-    if (p.queries && p.grad_logits)
+    if (p.grad_logits)
       launch(matrix_backward_query<T, FUSED>, tiles_of(p.queries) * p.heads, kThreads, matrix_bytes(p.points), stream,
              a);
   }
 }
 
 void window_levels_backward(const DeviceProblem& p, const Arguments<T, A>& a, Stream stream) {
-  if constexpr (sizeof(T) < 8) {
+  if constexpr (sizeof(T) == 2) {
     int64_t side = 0, windows = 0;
     while ((side + 1) * (side + 1) <= p.group_size) ++side;
     if (side * side != p.group_size || side % kSide) side = 0;
     for (int l = 0; l < p.levels; ++l) windows += p.window_levels >> l & 1;
-    const int64_t tiles = blocks_for(p.group_size, kSide * kSide);
-    const int64_t blocks = p.groups * tiles * p.heads * windows;
-    if (blocks)
-      launch(window_backward<T>, blocks, kThreads, window_bytes(p.channels), stream, a, tiles, side, int(windows));
+    const int64_t blocks = tiles_of(p.queries) * p.heads * windows;
+    launch(window_backward<T>, blocks, kThreads, kWindowBytes, stream, a, side, int(windows));
   }
 }
 
@@ -90,18 +88,18 @@ void forward(const DeviceProblem& p, Stream stream) {
 
 template <bool FUSED>
 void owner(const DeviceProblem& p, const Arguments<T, A>& a, Stream stream) {
+  if (p.channels == 0) return;
   const int64_t size = tile_positions<A>(a.channels);
   int64_t tiles = 0;
   for (int level = 0; level < p.levels; ++level) tiles += blocks_for(int64_t(p.width[level]) * p.height[level], size);
   const int64_t bytes = Batch<A>::kBytes + size * p.channels * int64_t(sizeof(A));
-  if (tiles * p.images * p.heads * p.channels == 0) return;
   launch(owner_backward<T, A, FUSED>, tiles * p.images * p.heads, kThreads, bytes, stream, a, tiles);
 }
 
 template <bool FUSED>
 void backward(const DeviceProblem& p, Stream stream) {
   const Arguments<T, A> a = arguments<T, A>(p);
-  if (p.queries && p.heads && (p.added_value || p.grad_logits)) {
+  if (p.added_value || p.grad_logits) {
     specialise(p, [&](auto unit, auto levels) {
       launch(gather_backward<T, A, unit, levels, FUSED>, blocks_for(a.chunks * p.heads, kThreads / a.lanes), kThreads,
              0, stream, a);
@@ -110,15 +108,14 @@ void backward(const DeviceProblem& p, Stream stream) {
   if (p.owned_value) owner<FUSED>(p, a, stream);
   if (p.matrix_levels) matrix_levels_backward<FUSED>(p, a, stream);
   if (p.window_levels) window_levels_backward(p, a, stream);
-  const int64_t table = p.heads * p.rows * (2 * p.points + p.samples());
-  if (p.grad_table_logits && table)
-    launch(add_table_shares<T, A>, blocks_for(table, kThreads), kThreads, 0, stream, a);
+  const int64_t table = p.heads * p.share_rows() * (2 * p.points + p.samples());
+  if (p.grad_table_logits)
+    launch(add_table_shares<T, A>, blocks_for(table, kAdjacent), kThreads, kThreads * 8, stream, a);
 }
 
 const DeviceKernels kernels{
     [](const DeviceProblem& p, void* stream) { (p.locations ? forward<false> : forward<true>)(p, Stream(stream)); },
     [](const DeviceProblem& p, void* stream) { (p.locations ? backward<false> : backward<true>)(p, Stream(stream)); },
-    [](void* at, int64_t bytes, void* stream) { zero(at, bytes, Stream(stream)); },
 };
 
 }  // namespace

@@ -10,7 +10,7 @@
 namespace mmi {
 
 constexpr int kTile = 64;           // queries and pixels a matrix has
-constexpr int kWide = kTile + 8;    // row of 16-bit numbers: fragments' loads meet no bank twice
+constexpr int kWide = kTile + 8;    // row of 16-bit numbers: eight rows' 16 bytes meet no bank twice
 constexpr int kLong = kTile + 1;    // row of floats: a column's accesses meet no bank twice
 constexpr int kMatrixChannels = 64;  // at most
 
@@ -28,6 +28,8 @@ struct Tiles {
   Array<int64_t> intervals = shared_array<int64_t>(kIntervalsAt, 2 * kTile);
 };
 
+__device__ __forceinline__ int row_of_thread() { return int(threadIdx.x) % kTile; }
+
 // The query whose row of W a thread fills, half of it.
 struct RowQuery {
   int row, half;
@@ -36,11 +38,12 @@ struct RowQuery {
   Interval seen;
   Softmax<float> softmax;
 
+  // `query`: of the thread's row.
   template <typename P>
-  __device__ __forceinline__ RowQuery(const P& p, int64_t first, int head) {
-    row = int(threadIdx.x) % kTile;
+  __device__ __forceinline__ RowQuery(const P& p, int64_t query, int head) {
+    row = row_of_thread();
     half = int(threadIdx.x) / kTile;
-    q = first + row;
+    q = query;
     valid = q < p.queries;
     seen = valid ? seen_by(p, q / p.group_size) : Interval{0, 0, 0};
     softmax = valid ? saved_softmax(p, q, head) : Softmax<float>{0, 1};
@@ -48,18 +51,17 @@ struct RowQuery {
   __device__ __forceinline__ bool sees(int64_t image) const { return image >= seen.first && image < seen.last; }
 };
 
-// The images that any query of the tile sees.
-template <typename T>
-__device__ __forceinline__ Interval seen_by_tile(const Tiles<T>& tiles, const RowQuery& mine) {
+// The images that any query of the tile sees; `intervals` [64, 2] keeps each one's.
+__device__ __forceinline__ Interval seen_by_tile(const Array<int64_t>& intervals, const RowQuery& mine) {
   if (mine.half == 0) {
     const bool any = mine.seen.first < mine.seen.last;
-    tiles.intervals[2 * mine.row] = any ? mine.seen.first : INT64_MAX;
-    tiles.intervals[2 * mine.row + 1] = any ? mine.seen.last : 0;
+    intervals[2 * mine.row] = any ? mine.seen.first : INT64_MAX;
+    intervals[2 * mine.row + 1] = any ? mine.seen.last : 0;
   }
   __syncthreads();
   Interval all{INT64_MAX, 0, 0};
   for (int row = 0; row < kTile; ++row) {
-    const int64_t first = tiles.intervals[2 * row], last = tiles.intervals[2 * row + 1];
+    const int64_t first = intervals[2 * row], last = intervals[2 * row + 1];
     all.first = first < all.first ? first : all.first;
     all.last = last > all.last ? last : all.last;
   }
@@ -87,22 +89,22 @@ __device__ __forceinline__ void fill_weights(const Arguments<T, float>& p, const
   }
 }
 
-// Copies 64 rows of channels into a tile, or its transpose; what is beyond `rows` or the channels is
-// zero. Rows lie `stride` apart, aligned to 16 bytes. Returns whether the thread met infinity or NaN.
-template <bool TRANSPOSED, typename T>
-__device__ __forceinline__ bool copy_tile(Array<const T> from, int64_t stride, int rows, int channels, Array<T> to) {
+// Copies 64 rows of channels into a tile; what is beyond `rows` or the channels is zero. Row r begins at
+// place(r), aligned to 16 bytes. Returns whether the thread met infinity or NaN.
+template <typename T, typename F>
+__device__ __forceinline__ bool copy_tile(Array<const T> from, F place, int rows, int channels, Array<T> to) {
   constexpr int kPieces = kMatrixChannels / kVector<T>;
   bool finite = true;
   for (int i = int(threadIdx.x); i < kTile * kPieces; i += kThreads) {
     const int row = i / kPieces, channel = i % kPieces * kVector<T>;
     Vector<T, kVector<T>> loaded{};
-    if (row < rows && channel < channels) loaded = load_vector<kVector<T>>(from, row * stride + channel);
+    if (row < rows && channel < channels) loaded = load_vector<kVector<T>>(from, place(row) + channel);
 #pragma unroll
     for (int j = 0; j < kVector<T>; ++j) {
       const float x = to_arithmetic(loaded.at[j]);
       finite &= x - x == 0;
-      to[TRANSPOSED ? (channel + j) * kWide + row : row * kWide + channel + j] = loaded.at[j];
     }
+    store_vector<kVector<T>>(to, row * kWide + channel, loaded);
   }
   return !finite;
 }
@@ -120,22 +122,26 @@ struct Lane {
   int warp = int(threadIdx.x) / 32, group = int(threadIdx.x) % 32 / 4, pair = int(threadIdx.x) % 4 * 2;
 };
 
-// sums[n] += A[16 rows of the warp, 64] B[64, 8 n ..], A by a(row, k) -> two numbers packed, B the
-// transpose of a tile.
-template <typename T, typename F>
-__device__ __forceinline__ void multiply(F a_pair, const Array<T>& b_transposed, int depth, float (&sums)[8][4]) {
+// sums[n] += A[16 rows of the warp, depth] B[depth, 8 n ..], A by a(row, k) -> two numbers packed, B a
+// tile or, TRANSPOSED, the transpose of one.
+template <bool TRANSPOSED, typename T, typename F>
+__device__ __forceinline__ void multiply(F a_pair, const Array<T>& b, int depth, float (&sums)[8][4]) {
+  __syncwarp();  // matrix instructions want all lanes at once, wherever they went before
   const Lane lane;
+  const int row = int(threadIdx.x) % 8, down = int(threadIdx.x) / 8 % 2 * 8, right = int(threadIdx.x) / 16 % 2 * 8;
   for (int k = 0; k < depth; k += 16) {
     uint32_t a[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       a[i] = a_pair(lane.warp * 16 + lane.group + (i & 1) * 8, k + lane.pair + (i >> 1) * 8);
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      uint32_t b[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) b[i] = load_pair(b_transposed, (n * 8 + lane.group) * kWide + k + lane.pair + i * 8);
-      matrix_multiply_add<T>(sums[n], a, b);
+    for (int n = 0; n < 8; n += 2) {
+      // Of B, k to k + 15 at the columns of sums[n] and of sums[n + 1].
+      uint32_t both[4];
+      load_matrices<!TRANSPOSED>(
+          both, b, TRANSPOSED ? (n * 8 + right + row) * kWide + k + down : (k + down + row) * kWide + n * 8 + right);
+      matrix_multiply_add<T>(sums[n], a, {both[0], both[1]});
+      matrix_multiply_add<T>(sums[n + 1], a, {both[2], both[3]});
     }
   }
 }
@@ -154,23 +160,22 @@ __device__ __forceinline__ void over_fragment(Sums& sums, F visit) {
 // sums += W B, W by weight(row, k). Where B holds infinity or NaN, ordinary multiplications leave out
 // the zeros of W: what lies under no sample must not matter.
 template <typename T, typename F>
-__device__ __forceinline__ void multiply_weights(bool finite, F weight, const Array<T>& b_transposed,
-                                                 float (&sums)[8][4]) {
+__device__ __forceinline__ void multiply_weights(bool finite, F weight, const Array<T>& b, float (&sums)[8][4]) {
   if (finite) {
-    multiply<T>([&](int row, int k) { return pack<T>(weight(row, k), weight(row, k + 1)); }, b_transposed, kTile, sums);
+    multiply<false>([&](int row, int k) { return pack<T>(weight(row, k), weight(row, k + 1)); }, b, kTile, sums);
     return;
   }
   over_fragment(sums, [&](int row, int column, float& sum) {
     for (int k = 0; k < kTile; ++k) {
       const float w = weight(row, k);
-      if (w != 0) sum += w * to_arithmetic(T(b_transposed[column * kWide + k]));
+      if (w != 0) sum += w * to_arithmetic(T(b[k * kWide + column]));
     }
   });
 }
 
 // The softmax alone: its peak and sum over all levels. One group a (query, head).
 template <typename T>
-__global__ void __launch_bounds__(kThreads) measure_softmax(const __grid_constant__ Arguments<T, float> p) {
+__global__ void __launch_bounds__(kThreads, 8) measure_softmax(const __grid_constant__ Arguments<T, float> p) {
   const Group group(p.lanes);
   const int64_t index = int64_t(blockIdx.x) * (kThreads / p.lanes) + threadIdx.x / p.lanes;
   if (index >= p.queries * p.heads) return;
@@ -201,9 +206,9 @@ __global__ void __launch_bounds__(kThreads, 4) matrix_forward(const __grid_const
   const Tiles<T> tiles;
   const int head = int(int64_t(blockIdx.x) % p.heads);
   const int64_t first = int64_t(blockIdx.x) / p.heads * kTile;
-  RowQuery mine(p, first, head);
+  RowQuery mine(p, first + row_of_thread(), head);
   mine.softmax.inverse = 1;
-  const Interval all = seen_by_tile(tiles, mine);
+  const Interval all = seen_by_tile(tiles.intervals, mine);
   float sums[8][4] = {};
   for (int64_t image = all.first; image < all.last; ++image) {
     if (!any_thread(mine.sees(image))) continue;
@@ -213,9 +218,9 @@ __global__ void __launch_bounds__(kThreads, 4) matrix_forward(const __grid_const
       for (int from = 0; from < pixels; from += kTile) {
         __syncthreads();  // the matrices before have been multiplied
         fill_weights<FUSED>(p, tiles.weights, mine, image, head, level, from);
-        const bool strange = copy_tile<true>(
+        const bool strange = copy_tile(
             p.value + (image * p.stride_image + (p.start[level] + from) * p.stride_position + head * p.stride_head),
-            p.stride_position, pixels - from, p.channels, tiles.first);
+            [&](int row) { return row * p.stride_position; }, pixels - from, p.channels, tiles.first);
         const bool finite = !any_thread(strange);  // also: both matrices are complete
         multiply_weights<T>(
             finite, [&](int row, int k) { return float(tiles.weights[row * kLong + k]); }, tiles.first, sums);
@@ -245,13 +250,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int from = piece * kTile, pixels = p.width[level] * p.height[level];
   float sums[8][4] = {};
   for (int64_t first = 0; first < p.queries; first += kTile) {
-    const RowQuery mine(p, first, head);
+    const RowQuery mine(p, first + row_of_thread(), head);
     if (!any_thread(mine.sees(image))) continue;  // also: the matrices before have been multiplied
     fill_weights<FUSED>(p, tiles.weights, mine, image, head, level, from);
     const int64_t left = p.queries - first;
-    const bool strange =
-        copy_tile<true>(p.grad_out + (first * p.heads + head) * p.channels, int64_t(p.heads) * p.channels,
-                        left < kTile ? int(left) : kTile, p.channels, tiles.first);
+    const bool strange = copy_tile(
+        p.grad_out + (first * p.heads + head) * p.channels,
+        [&](int row) { return int64_t(row) * p.heads * p.channels; }, left < kTile ? int(left) : kTile, p.channels,
+        tiles.first);
     const bool finite = !any_thread(strange);  // also: both matrices are complete
     multiply_weights<T>(
         finite, [&](int pixel, int k) { return float(tiles.weights[k * kLong + pixel]); }, tiles.first, sums);
@@ -336,7 +342,7 @@ __device__ __forceinline__ void add_to_table(const Arguments<T, float>& p, const
       const int64_t begin = tiles.intervals[2 * i], end = tiles.intervals[2 * i + 1];
       if (image < begin || image >= end) continue;
       const Interval seen = seen_by(p, (first + i) / p.group_size);
-      const int64_t next = ((first + i) / p.chunk * p.heads + head) * p.rows + seen.end - image;
+      const int64_t next = ((first + i) / p.chunk * p.heads + head) * p.share_rows + seen.end - image;
       if (next != row && row >= 0) add_to(p.table_shares, row * size + at, sum);
       sum = next == row ? sum : 0;
       row = next;
@@ -352,11 +358,12 @@ __global__ void __launch_bounds__(kThreads, 4) matrix_backward_query(const __gri
   const Tiles<T> tiles;
   const int head = int(int64_t(blockIdx.x) % p.heads);
   const int64_t first = int64_t(blockIdx.x) / p.heads * kTile;
-  const RowQuery mine(p, first, head);
-  const Interval all = seen_by_tile(tiles, mine);
+  const RowQuery mine(p, first + row_of_thread(), head);
+  const Interval all = seen_by_tile(tiles.intervals, mine);
   const int64_t left = p.queries - first, base = (first * p.heads + head) * p.channels;
-  copy_tile<false>(p.grad_out + base, int64_t(p.heads) * p.channels, left < kTile ? int(left) : kTile, p.channels,
-                   tiles.second);
+  copy_tile(
+      p.grad_out + base, [&](int row) { return int64_t(row) * p.heads * p.channels; },
+      left < kTile ? int(left) : kTile, p.channels, tiles.second);
   float delta = 0;
   if (FUSED && mine.valid) {
     for (int channel = 0; channel < p.channels; ++channel) {
@@ -370,13 +377,13 @@ __global__ void __launch_bounds__(kThreads, 4) matrix_backward_query(const __gri
       if (!(p.matrix_levels >> level & 1)) continue;
       const int pixels = p.width[level] * p.height[level];
       for (int from = 0; from < pixels; from += kTile) {
-        copy_tile<false>(p.value + (image * p.stride_image + (p.start[level] + from) * p.stride_position +
-                                    head * p.stride_head),
-                         p.stride_position, pixels - from, p.channels, tiles.first);
+        copy_tile(
+            p.value + (image * p.stride_image + (p.start[level] + from) * p.stride_position + head * p.stride_head),
+            [&](int row) { return row * p.stride_position; }, pixels - from, p.channels, tiles.first);
         __syncthreads();  // both matrices are complete
         float sums[8][4] = {};
-        multiply<T>([&](int row, int k) { return load_pair(tiles.second, row * kWide + k); }, tiles.first,
-                    (p.channels + 15) / 16 * 16, sums);
+        multiply<true>([&](int row, int k) { return load_pair(tiles.second, row * kWide + k); }, tiles.first,
+                       (p.channels + 15) / 16 * 16, sums);
         over_fragment(sums, [&](int row, int pixel, float sum) { tiles.weights[row * kLong + pixel] = sum; });
         __syncthreads();  // dW is complete, the values have been read
         sample_backward<FUSED>(p, tiles, mine, image, head, level, from, delta);

@@ -27,16 +27,29 @@ struct Batch {
         rows(shared_array<int32_t>(offset + 4 * kThreads * sizeof(A), 4 * kThreads)) {}
   static constexpr int64_t kBytes = 4 * kThreads * (sizeof(A) + sizeof(int32_t));
 
-  __device__ __forceinline__ void put(const Sample<A>& s, int32_t width, int32_t from, int32_t count) const {
+  __device__ __forceinline__ void put(const Sample<A>& s, const int32_t (&owned)[4]) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int32_t row = s.row + corner_step(k, width) - from;
-      const bool owned = (s.inside >> k & 1) && row >= 0 && row < count;
-      rows[k * kThreads + threadIdx.x] = owned ? row : -1;
+      rows[k * kThreads + threadIdx.x] = owned[k];
       shares[k * kThreads + threadIdx.x] = s.weight * corner_share(s, k);
     }
   }
 };
+
+// Which positions of the tile a sample's corners touch, negative where none; returns whether any does.
+template <typename A>
+__device__ __forceinline__ bool find_owned(const Sample<A>& s, int32_t width, int32_t from, int32_t count,
+                                           int32_t (&owned)[4]) {
+  bool any = false;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int32_t row = s.row + corner_step(k, width) - from;
+    const bool here = (s.inside >> k & 1) && row >= 0 && row < count;
+    owned[k] = here ? row : -1;
+    any |= here;
+  }
+  return any;
+}
 
 // A thread owns one channel of every `threads a channel`-th position of the tile.
 template <typename T, typename A, bool FUSED>
@@ -62,36 +75,34 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int across = p.channels < kThreads ? p.channels : kThreads;
   const int down = kThreads / across, part = int(threadIdx.x) / across;
 
-  for (int64_t group = 0; group * p.group_size < p.queries; ++group) {
-    const Interval seen = seen_by(p, group);
-    if (image < seen.first || image >= seen.last) continue;
-    const int64_t samples = p.group_size * p.points;
-    for (int64_t begin = 0; begin < samples; begin += kThreads) {
-      const int64_t index = begin + threadIdx.x;
-      Sample<A> mine{};
-      if (index < samples) {
-        const int64_t q = group * p.group_size + index / p.points;
+  const int64_t samples = p.queries * p.points;
+  for (int64_t begin = 0; begin < samples; begin += kThreads) {
+    const int64_t index = begin + threadIdx.x, q = index / p.points;
+    Sample<A> mine{};
+    if (index < samples) {
+      const Interval seen = seen_by(p, q / p.group_size);
+      if (image >= seen.first && image < seen.last) {
         const int point = int(index % p.points);
-        const Location<A> at = location_of<FUSED>(p, q, head, seen.end - image, level, point);
-        const A weight =
-            weight_of<FUSED>(p, saved_softmax(p, q, head), q, head, seen.end - image, level, point);
-        mine = sample_at(at, weight, p.width[level], p.height[level], p.start[level]);
+        const int64_t rel = seen.end - image;
+        const A weight = weight_of<FUSED>(p, saved_softmax(p, q, head), q, head, rel, level, point);
+        mine = sample_at(location_of<FUSED>(p, q, head, rel, level, point), weight, p.width[level], p.height[level],
+                         p.start[level]);
       }
-      __syncthreads();  // the batch before has been read, and the sums are zero
-      batch.put(mine, p.width[level], from, count);
-      __syncthreads();  // what the batch holds is complete
-      const int there = samples - begin < kThreads ? int(samples - begin) : kThreads;
-      for (int s = 0; s < there && part < down; ++s) {
-        const int64_t q = group * p.group_size + (begin + s) / p.points;
-        for (int k = 0; k < 4; ++k) {
-          const int32_t row = batch.rows[k * kThreads + s];
-          if (row < 0 || row % down != part) continue;
-          const A share = batch.shares[k * kThreads + s];
-          for (int c = int(threadIdx.x) % across; c < p.channels; c += across) {
-            const A g = to_arithmetic(p.grad_out[(q * p.heads + head) * p.channels + c]);
-            sums[row * p.channels + c] = sums[row * p.channels + c] + share * g;
-          }
-        }
+    }
+    int32_t owned[4];
+    const bool touches = find_owned(mine, p.width[level], from, count, owned);
+    if (!any_thread(touches)) continue;  // also: the batch before has been read, and the sums are zero
+    batch.put(mine, owned);
+    __syncthreads();  // what the batch holds is complete
+    const int there = samples - begin < kThreads ? int(samples - begin) : kThreads;
+    for (int s = 0; s < there && part < down; ++s) {
+      for (int k = 0; k < 4; ++k) {
+        const int32_t row = batch.rows[k * kThreads + s];
+        if (row < 0 || row % down != part) continue;
+        const A share = batch.shares[k * kThreads + s];
+        const int64_t to = ((begin + s) / p.points * p.heads + head) * p.channels;
+        for (int c = int(threadIdx.x) % across; c < p.channels; c += across)
+          sums[row * p.channels + c] = sums[row * p.channels + c] + share * to_arithmetic(p.grad_out[to + c]);
       }
     }
   }

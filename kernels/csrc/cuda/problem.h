@@ -41,7 +41,7 @@ struct DeviceProblem {
   // value's type, owned_value the same where every element has one writer; added_value is real.
   void *added_value, *owned_value;
   void *grad_offsets, *grad_logits;  // like offsets and logits, or locations and weights (real)
-  void* table_shares;                // [chunks, H, K, 2 P + L P] (real): each chunk's share of the tables' gradients
+  void* table_shares;                // [chunks, H, share_rows, 2 P + L P] (real): each chunk's share of the tables' gradients
   void *grad_table_offsets, *grad_table_logits;
   int64_t chunk;  // queries whose share of the tables' gradients is kept together
 
@@ -51,6 +51,8 @@ struct DeviceProblem {
   void* partial;           // [Q, H, D] float: what the matrix levels add to the output
 
   int64_t samples() const { return int64_t(levels) * points; }
+  // Rows of the table that an image can lie back: 0 is none's, and none lies further back than there are images.
+  int64_t share_rows() const { return rows < images + 1 ? rows : images + 1; }
   int64_t chunks() const { return (queries + chunk - 1) / chunk; }
 };
 
@@ -58,7 +60,6 @@ struct DeviceProblem {
 struct DeviceKernels {
   void (*forward)(const DeviceProblem&, void* stream);
   void (*backward)(const DeviceProblem&, void* stream);
-  void (*zero)(void* at, int64_t bytes, void* stream);
 };
 
 }  // namespace mmi

@@ -123,7 +123,7 @@ void plan(DeviceProblem& p, const Tensor& value) {
   const ScalarType type = value.scalar_type();
   const bool sixteen_bits = type == ScalarType::BFloat16 || type == ScalarType::Half;
   p.matrix_levels = mmi::Plan::matrix_levels(p, sixteen_bits, aligned(p, value), tier);
-  p.window_levels = type == ScalarType::Double ? 0 : mmi::Plan::window_levels(p, tier);
+  p.window_levels = mmi::Plan::window_levels(p, sixteen_bits, aligned(p, value), tier);
 }
 
 // Runs the forward; the matrix levels' share of the output needs memory of its own.
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> mmfs_backward(
   Tensor grad_table_offsets = zeros(value, {p.rows, p.heads, p.points, 2}, for_query, real);
   Tensor grad_table_logits = zeros(value, {p.rows, p.heads, p.levels, p.points}, for_query, real);
   const int64_t share = 2 * p.points + p.samples();
-  Tensor shares = zeros(value, {p.chunks(), p.heads, p.rows, share}, for_query, real);
+  Tensor shares = zeros(value, {p.chunks(), p.heads, p.share_rows(), share}, for_query, real);
   if (for_query) {
     p.grad_offsets = grad_offsets.mutable_data_ptr();
     p.grad_logits = grad_logits.mutable_data_ptr();
@@ -265,7 +265,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-// 0: the rule of plan.h; 1: the first tier alone; 2: the second wherever it can run. For tests.
+// 0: the rule of plan.h; 1: the first tier alone; 2, 3: matrices, windows wherever they can run (mmi::Tier).
 MMI_EXPORT void mmi_set_device_tier(int number) { tier = mmi::Tier(number); }
 
 #if defined(MMI_EMULATED)

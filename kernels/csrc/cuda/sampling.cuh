@@ -14,7 +14,7 @@ constexpr int kThreads = 128;
 template <typename T, typename A>
 struct Arguments {
   int64_t images, positions, queries, group_size;
-  int32_t heads, channels, levels, points, rows;
+  int32_t heads, channels, levels, points, rows, share_rows;
   int32_t lanes, pieces;  // of a group; channels are cut into pieces of lanes * kVector
   int32_t width[kMaxLevels], height[kMaxLevels], start[kMaxLevels];
   int64_t stride_image, stride_position, stride_head;
@@ -50,6 +50,7 @@ Arguments<T, A> arguments(const DeviceProblem& p) {
   a.levels = p.levels;
   a.points = p.points;
   a.rows = int32_t(p.rows);
+  a.share_rows = int32_t(p.share_rows());
   a.lanes = 4;
   while (a.lanes < 32 && a.lanes * kVector<T> < a.channels) a.lanes *= 2;
   a.pieces = (a.channels + a.lanes * kVector<T> - 1) / (a.lanes * kVector<T>);
@@ -87,7 +88,7 @@ Arguments<T, A> arguments(const DeviceProblem& p) {
   a.grad_logits = array(static_cast<A*>(p.grad_logits), q * h * n);
   a.chunk = p.chunk;
   a.chunks = p.chunks();
-  a.table_shares = array(static_cast<A*>(p.table_shares), a.chunks * h * k * (twice + n));
+  a.table_shares = array(static_cast<A*>(p.table_shares), a.chunks * h * p.share_rows() * (twice + n));
   a.grad_table_offsets = array(static_cast<A*>(p.grad_table_offsets), k * h * twice);
   a.grad_table_logits = array(static_cast<A*>(p.grad_table_logits), k * h * n);
   a.matrix_levels = p.matrix_levels;
@@ -150,11 +151,11 @@ struct Interval {
 template <typename T, typename A>
 __device__ __forceinline__ Interval seen_by(const Arguments<T, A>& p, int64_t group) {
   if (!p.visible) return {group, group + 1, group + 1};
-  int64_t first = p.visible[2 * group];
-  const int64_t end = p.visible[2 * group + 1];
+  // Intervals beyond the images are the caller's error; they are cut, so that no kernel reads there.
+  int64_t first = p.visible[2 * group], end = p.visible[2 * group + 1];
+  end = end < p.images ? end : p.images;
   first = first < end - (p.rows - 1) ? end - (p.rows - 1) : first;
-  // Intervals beyond the images are the caller's error; no kernel reads there.
-  return {first < 0 ? 0 : first, end < p.images ? end : p.images, end};
+  return {first < 0 ? 0 : first, end, end};
 }
 
 template <typename A>

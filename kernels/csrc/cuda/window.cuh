@@ -1,22 +1,28 @@
-// Second tier, fine levels under a dense grid of queries (the U-Net's): the value's gradient of a
-// tile of 64 neighbouring queries is added up in a window of shared memory around them and written
-// to global memory once. Samples outside the window go there at once.
+// Second tier, fine levels of 16-bit values: the value's gradient of a tile of 64 neighbouring queries is
+// added up by tensor cores, dV = W^T dO, in a window of 16 x 16 pixels around them, and goes to global
+// memory once. Corners outside the window are added there one by one. (Sums of floats in shared memory
+// instead would be loops of compare and swap: no GPU adds floats there by itself.)
 #pragma once
 
-#include "sampling.cuh"
+#include "matrix.cuh"
 
 namespace mmi {
 
-constexpr int kSide = 8;     // of a tile, in queries
-constexpr int kWindow = 16;  // of a window, in positions
-constexpr int64_t window_bytes(int64_t channels) { return kWindow * kWindow * channels * 4; }
+constexpr int kSide = 8;                          // of a tile, in queries
+constexpr int kWindow = 16;                       // of a window, in positions
+constexpr int kWindowRow = kWindow * kWindow + 1;  // row of floats: a column's accesses meet no bank twice
 
-// The query at place i of a tile: 8 x 8 of a square grid with `side` queries a row, or, where the
-// group is no such grid (side 0), 64 that follow each other. Any assignment is correct.
+// Shared memory: W [64, 256], a tile of the output's gradient, 64 intervals.
+constexpr int64_t kWindowGradsAt = kTile * kWindowRow * 4;
+constexpr int64_t kWindowIntervalsAt = kWindowGradsAt + kTile * kWide * 2;
+constexpr int64_t kWindowBytes = kWindowIntervalsAt + 2 * kTile * 8;
+
+// The query at place i of a tile: 8 x 8 of a group that is a square grid with `side` queries a row, or,
+// where groups are no such grids (side 0), 64 that follow each other. Any assignment is correct.
 __device__ __forceinline__ int64_t tile_query(int64_t tile, int i, int64_t side) {
-  if (side == 0) return tile * kSide * kSide + i;
-  const int64_t across = side / kSide;
-  return (tile / across * kSide + i / kSide) * side + tile % across * kSide + i % kSide;
+  if (side == 0) return tile * kTile + i;
+  const int64_t across = side / kSide, group = tile / (across * across), here = tile % (across * across);
+  return group * side * side + (here / across * kSide + i / kSide) * side + here % across * kSide + i % kSide;
 }
 
 struct Window {
@@ -35,93 +41,151 @@ __device__ __forceinline__ Window place_window(const Arguments<T, float>& p, int
   return {origin(0, p.width[level]), origin(1, p.height[level])};
 }
 
-// Adds one sample's share to the window, or past it.
+// Where the upper left corner of a sample with a corner on the map lies in a window.
+struct InWindow {
+  int32_t x, y;
+
+  __device__ __forceinline__ InWindow(const Sample<float>& s, int32_t width, Window window) {
+    const int corner = s.inside & 1 ? 0 : s.inside & 2 ? 1 : s.inside & 4 ? 2 : 3;
+    const int32_t at = s.row + corner_step(corner, width);
+    x = at % width - (corner & 1) - window.x;
+    y = at / width - (corner >> 1) - window.y;
+  }
+  // The place of a corner, negative outside the window.
+  __device__ __forceinline__ int32_t place(int corner) const {
+    const int32_t column = x + (corner & 1), row = y + (corner >> 1);
+    const bool within = column >= 0 && column < kWindow && row >= 0 && row < kWindow;
+    return within ? row * kWindow + column : -1;
+  }
+};
+
+// Fills a thread's half row of W: the upper or the lower half of the window.
 template <typename T>
-__device__ __forceinline__ void add_sample(const Arguments<T, float>& p, const Array<float>& window, Window place,
-                                           const Sample<float>& s, int64_t image, int head, int level, int channel,
-                                           const float (&g)[kVector<T>]) {
-  const int32_t width = p.width[level];
+__device__ __forceinline__ void fill_window(const Arguments<T, float>& p, const Array<float>& weights, Window window,
+                                            const RowQuery& mine, int64_t image, int head, int level) {
+  constexpr int kHalf = kWindow * kWindow / 2;
+  const int begin = mine.half * kHalf;
+  const Array<float> row = weights + mine.row * kWindowRow;
+  for (int i = begin; i < begin + kHalf; ++i) row[i] = 0.0f;
+  if (!mine.sees(image)) return;
+  const int64_t rel = mine.seen.end - image;
+  for (int point = 0; point < p.points; ++point) {
+    const float weight = weight_of<true>(p, mine.softmax, mine.q, head, rel, level, point);
+    const Sample<float> s = sample_at(location_of<true>(p, mine.q, head, rel, level, point), weight, p.width[level],
+                                      p.height[level], 0);
+    if (!s.inside) continue;
+    const InWindow at(s, p.width[level], window);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (!(s.inside >> k & 1)) continue;
-    const int32_t row = s.row + corner_step(k, width);
-    const int32_t x = row % width - place.x, y = row / width - place.y;
-    const float share = s.weight * corner_share(s, k);
-    const bool within = x >= 0 && x < kWindow && y >= 0 && y < kWindow;
-    const int64_t far = ((image * p.positions + p.start[level] + row) * p.heads + head) * p.channels + channel;
-    const int near = (y * kWindow + x) * p.channels + channel;
+    for (int k = 0; k < 4; ++k) {
+      const int place = at.place(k);
+      if ((s.inside >> k & 1) && place >= begin && place < begin + kHalf)
+        row[place] = row[place] + s.weight * corner_share(s, k);
+    }
+  }
+}
+
+// Adds W^T dO to global memory, 64 pixels at a time.
+template <typename T>
+__device__ __forceinline__ void flush_window(const Arguments<T, float>& p, const Array<float>& weights,
+                                             const Array<T>& grads, bool finite, Window window, int64_t image,
+                                             int head, int level) {
+  const Lane lane;
+#pragma unroll 1
+  for (int from = 0; from < kWindow * kWindow; from += kTile) {
+    float sums[8][4] = {};
+    multiply_weights<T>(
+        finite, [&](int pixel, int k) { return float(weights[k * kWindowRow + from + pixel]); }, grads, sums);
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      if (channel + i >= p.channels) continue;
-      if (within) {
-        atomic_add(window, near + i, share * g[i]);
-      } else {
-        atomic_add(p.added_value, far + i, share * g[i]);
+    for (int half = 0; half < 2; ++half) {
+      const int pixel = from + lane.warp * 16 + lane.group + half * 8;
+      const int32_t x = window.x + pixel % kWindow, y = window.y + pixel / kWindow;
+      if (x < 0 || y < 0 || x >= p.width[level] || y >= p.height[level]) continue;
+      const int64_t row = image * p.positions + p.start[level] + int64_t(y) * p.width[level] + x;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const int channel = n * 8 + lane.pair;
+        const float pair[2] = {sums[n][half * 2], sums[n][half * 2 + 1]};
+        if (channel < p.channels && (pair[0] != 0 || pair[1] != 0))
+          atomic_add_vector<2>(p.added_value, (row * p.heads + head) * p.channels + channel, pair);
       }
     }
   }
 }
 
-// Adds the window to global memory and clears it.
+// Adds the corners outside the window to global memory; a group of lanes a query.
 template <typename T>
-__device__ __forceinline__ void flush_window(const Arguments<T, float>& p, const Array<float>& window, Window place,
-                                             int64_t image, int head, int level) {
-  for (int i = int(threadIdx.x); i < kWindow * kWindow * p.channels; i += kThreads) {
-    const int at = i / p.channels, channel = i % p.channels;
-    const int32_t x = place.x + at % kWindow, y = place.y + at / kWindow;
-    const float sum = window[i];
-    if (sum == 0) continue;  // also where the window reaches beyond the map
-    window[i] = 0.0f;
-    const int64_t row = image * p.positions + p.start[level] + int64_t(y) * p.width[level] + x;
-    atomic_add(p.added_value, (row * p.heads + head) * p.channels + channel, sum);
+__device__ __forceinline__ void add_beyond(const Arguments<T, float>& p, int64_t tile, int64_t side, Window window,
+                                           int64_t image, int head, int level) {
+  const Group group(p.lanes);
+  const int channel = group.rank * kVector<T>;
+  const int32_t width = p.width[level];
+  for (int i = int(threadIdx.x) / p.lanes; i < kTile; i += kThreads / p.lanes) {
+    const int64_t q = tile_query(tile, i, side);
+    if (q >= p.queries) break;
+    const Interval seen = seen_by(p, q / p.group_size);
+    if (image < seen.first || image >= seen.last) continue;
+    const Softmax<float> softmax = saved_softmax(p, q, head);
+    for (int batch = 0; batch < p.points; batch += p.lanes) {
+      const int point = batch + group.rank;
+      Sample<float> mine{};
+      if (point < p.points) {
+        const int64_t rel = seen.end - image;
+        const float weight = weight_of<true>(p, softmax, q, head, rel, level, point);
+        mine = sample_at(location_of<true>(p, q, head, rel, level, point), weight, width, p.height[level], 0);
+        const InWindow at(mine, width, window);
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (at.place(k) >= 0) mine.inside &= ~(1 << k);
+      }
+      if (group.max(mine.inside) == 0) continue;
+      float g[kVector<T>];
+      load_channels<kVector<T>>(p.grad_out, (q * p.heads + head) * p.channels + channel, channel, p.channels, g);
+      const int count = p.points - batch < p.lanes ? p.points - batch : p.lanes;
+#pragma unroll 1
+      for (int source = 0; source < count; ++source) {
+        const Sample<float> s = sample_from(group, mine, source);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (!(s.inside >> k & 1) || channel >= p.channels) continue;
+          const int64_t row = image * p.positions + p.start[level] + s.row + corner_step(k, width);
+          const float share = s.weight * corner_share(s, k);
+          float part[kVector<T>];
+#pragma unroll
+          for (int j = 0; j < kVector<T>; ++j) part[j] = share * g[j];
+          atomic_add_vector<kVector<T>>(p.added_value, (row * p.heads + head) * p.channels + channel, part);
+        }
+      }
+    }
   }
 }
 
 // One block a (tile of queries, head, window level).
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 4)
-    window_backward(const __grid_constant__ Arguments<T, float> p, int64_t tiles, int64_t side, int windows) {
-  const Group group(p.lanes);
-  const Array<float> window = shared_array<float>(0, kWindow * kWindow * p.channels);
+__global__ void __launch_bounds__(kThreads, 2)
+    window_backward(const __grid_constant__ Arguments<T, float> p, int64_t side, int windows) {
+  const Array<float> weights = shared_array<float>(0, kTile * kWindowRow);
+  const Array<T> grads = shared_array<T>(kWindowGradsAt, kTile * kWide);
+  const Array<int64_t> intervals = shared_array<int64_t>(kWindowIntervalsAt, 2 * kTile);
   int level = 0;
   for (int rank = int(int64_t(blockIdx.x) % windows); rank > 0 || !(p.window_levels >> level & 1); ++level)
     rank -= p.window_levels >> level & 1;
-  const int64_t index = int64_t(blockIdx.x) / windows;
+  const int64_t index = int64_t(blockIdx.x) / windows, tile = index / p.heads;
   const int head = int(index % p.heads);
-  const int64_t tile = index / p.heads % tiles, owner = index / p.heads / tiles;
-  const int64_t base = owner * p.group_size;
-  const int64_t rest = p.group_size - tile * kSide * kSide;
-  const int count = rest < kSide * kSide ? int(rest) : kSide * kSide;
-  const Window place =
-      place_window(p, base + tile_query(tile, 0, side), base + tile_query(tile, count - 1, side), level);
-  for (int i = int(threadIdx.x); i < kWindow * kWindow * p.channels; i += kThreads) window[i] = 0.0f;
-  const Interval seen = seen_by(p, owner);
-  for (int64_t image = seen.first; image < seen.last; ++image) {
-    __syncthreads();  // the window is clear
-    for (int i = int(threadIdx.x) / p.lanes; i < count; i += kThreads / p.lanes) {
-      const int64_t q = base + tile_query(tile, i, side);
-      const Softmax<float> softmax = saved_softmax(p, q, head);
-      for (int piece = 0; piece < p.pieces; ++piece) {
-        const int channel = (piece * p.lanes + group.rank) * kVector<T>;
-        float g[kVector<T>];
-        load_channels<1>(p.grad_out, (q * p.heads + head) * p.channels + channel, channel, p.channels, g);
-        for (int batch = 0; batch < p.points; batch += p.lanes) {
-          const int point = batch + group.rank;
-          Sample<float> sample{};
-          if (point < p.points) {
-            const int64_t rel = seen.end - image;
-            const float weight = weight_of<true>(p, softmax, q, head, rel, level, point);
-            sample = sample_at(location_of<true>(p, q, head, rel, level, point), weight, p.width[level],
-                               p.height[level], 0);
-          }
-          const int there = p.points - batch < p.lanes ? p.points - batch : p.lanes;
-          for (int source = 0; source < there; ++source)
-            add_sample(p, window, place, sample_from(group, sample, source), image, head, level, channel, g);
-        }
-      }
-    }
-    __syncthreads();  // the window is complete
-    flush_window(p, window, place, image, head, level);
+  const int64_t left = p.queries - tile * kTile;  // a tile that is cut off has queries in a row
+  const int count = left < kTile ? int(left) : kTile;
+  const RowQuery mine(p, tile_query(tile, row_of_thread(), side), head);
+  const Interval all = seen_by_tile(intervals, mine);
+  const Window window = place_window(p, tile_query(tile, 0, side), tile_query(tile, count - 1, side), level);
+  const bool strange = copy_tile(
+      p.grad_out + head * p.channels,
+      [&](int row) { return tile_query(tile, row, side) * p.heads * p.channels; }, count, p.channels, grads);
+  const bool finite = !any_thread(strange);
+  for (int64_t image = all.first; image < all.last; ++image) {
+    if (!any_thread(mine.sees(image))) continue;  // also: the weights before have been multiplied
+    fill_window(p, weights, window, mine, image, head, level);
+    __syncthreads();  // the window's weights are complete
+    flush_window(p, weights, grads, finite, window, image, head, level);
+    add_beyond(p, tile, side, window, image, head, level);
   }
 }
 

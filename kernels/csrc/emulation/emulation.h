@@ -43,6 +43,7 @@ struct Index {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 256 << 10;
+constexpr int64_t kSharedBytes = 99 << 10;  // of a block, on the smallest GPU that sm_80's code runs on (sm_86)
 
 struct Thread;
 using Complete = void (*)(Thread* const* members, unsigned count);
@@ -442,9 +443,17 @@ uint32_t load_pair(Array<T> from, int64_t i) {
   return uint32_t(T(from[i]).bits) | uint32_t(T(from[i + 1]).bits) << 16;
 }
 
+template <int N, typename T>
+void store_vector(Array<T> to, int64_t i, const Vector<T, N>& from) {
+  if (reinterpret_cast<uintptr_t>(to.checked(i, N)) % sizeof(from))
+    emulation::machine().fail("stores a vector at an address that is not aligned");
+  for (int n = 0; n < N; ++n) to[i + n] = from.at[n];
+}
+
 template <int N, typename A>
 void atomic_add_vector(Array<A> to, int64_t i, const A* values) {
-  if (reinterpret_cast<uintptr_t>(to.checked(i, N)) % (sizeof(A) * (N % 4 == 0 ? 4 : 1)) && sizeof(A) == 4)
+  constexpr int kTogether = sizeof(A) != 4 ? 1 : N % 4 == 0 ? 4 : N % 2 == 0 ? 2 : 1;
+  if (reinterpret_cast<uintptr_t>(to.checked(i, N)) % (sizeof(A) * kTogether))
     emulation::machine().fail("adds a vector at an address that is not aligned");
   for (int n = 0; n < N; ++n) atomic_add(to, i + n, values[n]);
 }
@@ -457,6 +466,9 @@ using Stream = void*;
 
 template <typename... P, typename... Q>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, int64_t shared_bytes, Stream, const Q&... arguments) {
+  if (blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error("a kernel's launch: more than 2^31 blocks; split the batch");
+  if (shared_bytes > emulation::kSharedBytes) throw std::runtime_error("a kernel's shared memory: too much");
   emulation::machine().launch(unsigned(blocks), unsigned(threads), size_t(shared_bytes), [&] { kernel(arguments...); });
 }
 
@@ -465,7 +477,5 @@ inline float to_arithmetic(T x) {
   return widen(x);
 }
 inline double to_arithmetic(double x) { return x; }
-
-inline void zero(void* at, int64_t bytes, Stream) { std::memset(at, 0, size_t(bytes)); }
 
 }  // namespace mmi

@@ -12,6 +12,31 @@ float unpack(uint32_t pair, int half) {
 
 }  // namespace emulation
 
+// Four 8 x 8 matrices, a row's first element from each lane, as ldmatrix spreads them over a warp.
+template <bool TRANSPOSED, typename T>
+void load_matrices(uint32_t (&to)[4], Array<T> from, int64_t i, int line = __builtin_LINE()) {
+  emulation::Thread& self = *emulation::machine().current;
+  if (reinterpret_cast<uintptr_t>(from.checked(i, 8)) % 16)
+    emulation::machine().fail("loads a matrix's row from an address that is not aligned");
+  for (int n = 0; n < 8; ++n) {
+    const T element = from[i + n];
+    std::memcpy(self.given + 2 * n, &element, 2);
+  }
+  emulation::machine().collective(
+      ~0u,
+      [](emulation::Thread* const* members, unsigned) {
+        for (unsigned lane = 0; lane < emulation::kWarp; ++lane) {
+          for (unsigned part = 0; part < 8; ++part) {
+            const unsigned matrix = part / 2, pair = lane % 4 * 2 + part % 2;
+            const unsigned row = TRANSPOSED ? pair : lane / 4, column = TRANSPOSED ? lane / 4 : pair;
+            std::memcpy(members[lane]->taken + 2 * part, members[matrix * 8 + row]->given + 2 * column, 2);
+          }
+        }
+      },
+      line);
+  std::memcpy(to, self.taken, sizeof(to));
+}
+
 // D[16, 8] += A[16, 16] B[16, 8], spread over a warp as mma.sync.m16n8k16 wants it.
 template <typename T>
 void matrix_multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
