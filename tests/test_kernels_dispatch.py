@@ -164,12 +164,15 @@ if COMPILED:
                 OPS.mmfs_forward(*changed)
 
 
-def test_autocast_keeps_the_arithmetic_in_float32():
+@pytest.mark.parametrize("name", implementations())
+def test_autocast_keeps_the_arithmetic_in_float32(name):
     case = Case(dtype=torch.float32).drawn()
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = call(case)
-    assert inside.dtype == torch.float32
-    assert torch.equal(inside, call(case))
+    with implementation(name) as (mmfs, _):
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = case.run(mmfs)
+        outside = case.run(mmfs)
+    assert inside["out"].dtype == torch.float32
+    assert all(torch.equal(inside[key], tensor) for key, tensor in outside.items())
 
 
 class Projected(torch.nn.Module):

@@ -126,7 +126,8 @@ def mmfs_attention(
         grid = grid.index_copy(0, flat, location[order]).view(images, width, heads, 1, points, 2)
         samples = sample_levels(value.to(exact), spatial_shapes, grid.expand(-1, -1, -1, levels, -1, -1))
         samples = samples.permute(0, 3, 1, 4, 5, 2).flatten(0, 1)[flat]  # [pairs, H, L, P, D]
-        mixed = torch.einsum("nhlp,nhlpd->nhd", weight[order], samples)
+        # (No einsum: autocast would round its factors.)
+        mixed = (weight[order][..., None] * samples).sum((2, 3))
         out = out.index_add(0, query[order], mixed)
     else:
         out = out + (value.to(exact).sum() + location.sum() + weight.sum())  # sums of nothing
