@@ -4,6 +4,7 @@ alone. ``MMI_KILLS`` says how often (50). Ranks are forks (``tests.forked``), so
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from tests.test_loop import losses
 pytestmark = pytest.mark.soak
 
 KILLS = int(os.environ.get("MMI_KILLS", "50"))
-RANKS = 2
+RANKS, STEPS = 2, 24
 OPTIONS = {"ranks": RANKS, "module": "tests.noting_rank", "again": "AGAIN"}
 
 
@@ -36,8 +37,8 @@ def config(tmp_path_factory):
     # As few tensors as a model with every part can have: most of a life is the saving of them.
     model.language.layers, model.vision.layers, model.vision.resampler.layers = 2, 2, 1
     model.vision.adapter.interactions = 1
-    train.steps, train.micro_rows = 2 * KILLS, 1
-    train.save_every, train.keep, train.validate_every, train.sample_every = 1, 2, 0, 0
+    train.steps, train.micro_rows = STEPS, 1
+    train.save_every, train.keep, train.validate_every, train.sample_every = 2, 2, 0, 0
     train.timeout = 600
     return config
 
@@ -105,35 +106,50 @@ def samples(out: Path, rank: int) -> dict[int, list]:
 
 
 def test_killed_at_random_it_is_the_run_that_was_left_alone(config, tmp_path, capfd, monkeypatch):
+    """As many runs as it takes until there were so many kills; each ends as the one left alone."""
     started_so = SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL)
     monkeypatch.setattr(launch, "subprocess", started_so)
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    alone, chance, kills = tmp_path / "alone", random.Random(7), 0
     assert launch.launch(config, alone, **OPTIONS) == 0
-    killer, lives = Killer(killed, random.Random(7)), 0
-    while len(killer.moments) < KILLS:
-        lives += 1
-        assert lives < 3 * KILLS + 10
-        killer.over.clear()
-        striker, before = threading.Thread(target=killer.strike), len(killer.moments)
-        striker.start()
-        code = launch.launch(config, killed, resume=lives > 1, **OPTIONS)
-        killer.over.set()
-        striker.join()
+    for rank in range(RANKS):
+        assert sorted(samples(alone, rank)) == list(range(STEPS))
+    for run in itertools.count():
+        if kills >= KILLS:
+            break
+        killer = Killer(tmp_path / f"killed_{run}", chance)
         with capfd.disabled():
-            print(f"life {lives} ends with {code}:", *killer.moments[before:], flush=True)
+            live_and_die(config, killer, KILLS - kills)
+        kills += len(killer.moments)
+        assert_same_run(alone, killer.out)
+
+
+def live_and_die(config, killer: Killer, most: int) -> None:
+    """Run and kill, again and again, until the run is at its end or has been killed often enough; then
+    let it go to its end."""
+    for life in itertools.count(1):
+        killer.over.clear()
+        before = len(killer.moments)
+        striker = threading.Thread(target=killer.strike)
+        if before < most:
+            striker.start()
+        code = launch.launch(config, killer.out, resume=life > 1, **OPTIONS)
+        killer.over.set()
+        if before < most:
+            striker.join()
+        print(f"{killer.out.name}, life {life} ends with {code}:", *killer.moments[before:], flush=True)
         # A rank that is killed when it has done all its work is no failure.
         assert code == 0 or (code == 128 + signal.SIGKILL and len(killer.moments) > before)
-        whole = checkpoint_folder.newest(killed / "checkpoints")
-        if whole is not None:
-            assert checkpoint_folder.verify(whole) == []
+        whole = checkpoint_folder.newest(killer.out / "checkpoints")
+        assert whole is None or checkpoint_folder.verify(whole) == []
         if code == 0:
-            break
-    assert launch.launch(config, killed, resume=True, **OPTIONS) == 0
-    assert len(killer.moments) >= KILLS, "the run ended before it had been killed often enough"
+            return
+
+
+def assert_same_run(alone: Path, killed: Path) -> None:
+    """Losses, what every rank read for every step, and the last checkpoint."""
     assert losses(killed) == losses(alone)
     for rank in range(RANKS):
         assert samples(killed, rank) == samples(alone, rank)
-        assert sorted(samples(alone, rank)) == list(range(config.train.steps))
     final = [checkpoint_folder.newest(out / "checkpoints") for out in (alone, killed)]
     assert final[0].name == final[1].name and tensors(final[0]) == tensors(final[1])
 
