@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,9 @@ def kill_a_rank(out: Path, after: int) -> None:
 
 
 def test_killed_and_resumed_is_as_if_nothing_had_happened(config, undisturbed, tmp_path, capfd):
+    """Its checkpoints lie elsewhere, those of the undisturbed run in its folder."""
+    checkpoints = tmp_path / "elsewhere"
+    config = replace(config, train=replace(config.train, checkpoints=str(checkpoints)))
     killer = threading.Thread(target=kill_a_rank, args=(tmp_path, 5))
     killer.start()
     began = time.monotonic()
@@ -83,13 +87,13 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(config, undisturbed, t
     assert code != 0 and time.monotonic() - began < 180
     assert said.count("Training ended") == 1 and "rank 1" in said and "SIGKILL" in said
     done = len(losses(tmp_path))
-    assert newest(tmp_path / "checkpoints") is not None and done < STEPS
+    assert newest(checkpoints) is not None and done < STEPS and not (tmp_path / "checkpoints").exists()
     stopper = threading.Thread(target=stop_after, args=(tmp_path, 7))
     stopper.start()
     assert launch.launch(config, tmp_path, ranks=2, resume=True, again="AGAIN") == STOPPED
     stopper.join()
     done = max(losses(tmp_path))
-    assert 7 <= done < STEPS and newest(tmp_path / "checkpoints").name == f"step_{done:07d}"
+    assert 7 <= done < STEPS and newest(checkpoints).name == f"step_{done:07d}"
     assert f"AGAIN   (continues after step_{done:07d})" in capfd.readouterr().err
     assert launch.launch(config, tmp_path, ranks=2, resume=True) == 0
     assert losses(tmp_path) == losses(undisturbed)
