@@ -134,9 +134,10 @@ def set_device_tier(tier: int) -> None:
     Raises:
         RuntimeError: the library holds no GPU kernels.
     """
-    if not hasattr(_State.handle, "mmi_set_device_tier"):
+    handle = _State.handle
+    if handle is None or not hasattr(handle, "mmi_set_device_tier"):
         raise RuntimeError(f"no compiled operators for a GPU: {_State.reason}")
-    _State.handle.mmi_set_device_tier(tier)
+    handle.mmi_set_device_tier(tier)
 
 
 def set_instruction_set(name: str) -> bool:
