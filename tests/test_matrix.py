@@ -60,9 +60,9 @@ SAVED = Layout("TP2 x PP2 + SP", tensor=2, pipeline=2, sequence=True)
 AT = 2
 """The layout that checkpoints are saved at, and the step."""
 
-SUBSET = {"TP2 x PP2 + SP", "PP2 interleaved", "TP2 x DP2"}
+SUBSET = {"TP2 x PP2 + SP", "PP2 interleaved", "TP2 x DP2", "DP2 without a distributed optimizer"}
 """What ``make test`` runs, by name: every group, both schedules, payload under both kinds of tensor
-parallelism, overlapped exchanges."""
+parallelism, overlapped exchanges, copies of the optimizer."""
 
 
 @pytest.fixture(scope="module")
