@@ -45,6 +45,9 @@ class Sent(TorchDispatchMode):
 
     Attributes:
         bytes: by group.
+
+    Raises:
+        RuntimeError: at a collective that is none of those a step is made of; nothing goes uncounted.
     """
 
     def __init__(self) -> None:
@@ -80,7 +83,7 @@ class Sent(TorchDispatchMode):
         elif name == "broadcast_":
             sent = _bytes(args[0])
         else:
-            raise NotImplementedError(f"how much does c10d::{name} send?")
+            raise RuntimeError(f"c10d::{name} has no rule for the bytes it sends; add one to Sent._count")
         self.bytes[self._labels.get(group.group_name, OTHER)] += sent
 
 
