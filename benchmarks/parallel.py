@@ -297,13 +297,10 @@ def _most() -> int:
 
 
 @contextmanager
-def processes(most: int) -> Iterator[Callable[..., list[Any]]]:
+def processes() -> Iterator[Callable[..., list[Any]]]:
     """Fresh processes, and a function that returns what so many of them as ranks make of a call."""
-    pool = Ranks(most)
-    try:
+    with Ranks() as pool:
         yield partial(pool.run, timeout=900)
-    finally:
-        pool.close()
 
 
 def row(*cells: object) -> str:
@@ -319,7 +316,7 @@ def head(*cells: str) -> str:
 def times(model: str, folder: str, steps: int) -> Iterator[str]:
     """Ratios of times."""
     yield head("", "ranks", "compared", "s a step", "ratio", "quarters", "model FLOPs", "paper")
-    with processes(2) as on:
+    with processes() as on:
         for item in COMPARISONS:
             (one, other), flops = on(item.ranks, timed, folder, model, item.ways, steps)[0]
             ratios = [a / b for a, b in zip(one, other, strict=True)]
@@ -340,7 +337,7 @@ def traffics(folder: str, steps: int) -> Iterator[str]:
     """Bytes sent by group."""
     yield head("layout", "model", "rank", "group", "counted", "by the sizes", "ratio", "kernel / counted")
     for model, ranks, way in COUNTED:
-        with processes(ranks) as on:
+        with processes() as on:
             yield from _sent_rows(model, way.name, on(ranks, sent, folder, model, way))
 
 
@@ -364,7 +361,7 @@ def memories(folder: str, steps: int) -> Iterator[str]:
     yield head("model", "trained", *names, "process grew by", "at most")
     rows = []
     for name, overrides in (("all but LLM and ViT", []), ("everything", FULL)):
-        with processes(1) as on:
+        with processes() as on:
             [held_by] = on(1, held, folder, "paper / 10", Way(name, [*SINGLE, *overrides]))
         whole = sum(held_by[part] for part in ("parameters", "gradients", "optimizer"))
         rows.append((whole, held_by["process"], held_by["most"]))

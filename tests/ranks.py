@@ -7,6 +7,8 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 
 def free_port() -> int:
@@ -27,22 +29,33 @@ def _serve(connection) -> None:
 
 
 class Ranks:
-    """Processes started once and used for every layout; a call returns all ranks' results."""
+    """Processes started when first needed and used for every layout; a call returns all ranks' results."""
 
-    def __init__(self, most: int):
+    def __init__(self):
         # One process imports what all ranks need, once for all pools, and every rank is a fork of it.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mmi_megatron.parallel.model", "mmi_megatron.train.optimizer"])
-        self.connections, self.processes = [], []
-        for _ in range(most):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there,), daemon=True)
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["mmi_megatron.parallel.model", "mmi_megatron.train.optimizer"])
+        self.connections: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self, ranks: int) -> None:
+        """Let at least so many processes run."""
+        while len(self.processes) < ranks:
+            here, there = self.context.Pipe()
+            process = self.context.Process(target=_serve, args=(there,), daemon=True)
             process.start()
             self.connections.append(here)
             self.processes.append(process)
 
     def run(self, ranks: int, function: Callable, *arguments, timeout: float = 300) -> list:
         """Run ``function(*arguments)`` on ranks 0..ranks-1 of a fresh world."""
+        self._start(ranks)
         world = {
             "WORLD_SIZE": str(ranks),
             "LOCAL_WORLD_SIZE": str(ranks),
@@ -65,6 +78,9 @@ class Ranks:
         return [result for _, result in results]
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes. A later call starts new ones."""
         for process in self.processes:
             process.kill()
+            process.join()
+        self.connections.clear()
+        self.processes.clear()

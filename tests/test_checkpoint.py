@@ -10,24 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import Ranks
-
 STEPS, LATER = 3, 3
-
-
-@pytest.fixture(scope="module")
-def writers():
-    pool = Ranks(2)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def readers():
-    """Processes that have not seen the run that wrote."""
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def adam_state(run) -> dict[str, torch.Tensor]:
@@ -92,13 +75,13 @@ def same(found: dict, expected: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def written(writers, tmp_path_factory) -> list[dict]:
+def written(ranks, tmp_path_factory) -> list[dict]:
     """A run of two tensor-parallel ranks and its checkpoint."""
-    return writers.run(2, write, 2, tmp_path_factory.mktemp("tp2"))
+    return ranks.run(2, write, 2, tmp_path_factory.mktemp("tp2"))
 
 
-def test_a_fresh_start_at_the_same_layout_continues_exactly(written, readers):
-    for before, after in zip(written, readers.run(2, read, 2, written[0]["path"]), strict=True):
+def test_a_fresh_start_at_the_same_layout_continues_exactly(written, other_ranks):
+    for before, after in zip(written, other_ranks.run(2, read, 2, written[0]["path"]), strict=True):
         assert after["extra"] == {"step": STEPS, "data": {"cursor": [1, 2]}}
         same(after["weights"], before["weights"])
         same(after["state"], before["state"])
@@ -108,30 +91,30 @@ def test_a_fresh_start_at_the_same_layout_continues_exactly(written, readers):
         assert steps == {STEPS}
 
 
-def test_from_two_ranks_to_one_and_back(written, readers, writers, tmp_path):
-    (alone,) = readers.run(1, read, 1, written[0]["path"], "fp32", tmp_path)
+def test_from_two_ranks_to_one_and_back(written, other_ranks, ranks, tmp_path):
+    (alone,) = other_ranks.run(1, read, 1, written[0]["path"], "fp32", tmp_path)
     same(alone["weights"], written[0]["weights"])
     near(alone["later"], written[0]["later"], 2e-6)
-    back = readers.run(2, read, 2, alone["path"])
+    back = other_ranks.run(2, read, 2, alone["path"])
     for before, after in zip(written, back, strict=True):
         same(after["state"], before["state"])
         assert after["later"] == before["later"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_two_replicas(writers, readers, tmp_path, precision):
-    before = writers.run(2, write, 1, tmp_path, precision)
-    for old, new in zip(before, readers.run(2, read, 1, before[0]["path"], precision), strict=True):
+def test_two_replicas(ranks, other_ranks, tmp_path, precision):
+    before = ranks.run(2, write, 1, tmp_path, precision)
+    for old, new in zip(before, other_ranks.run(2, read, 1, before[0]["path"], precision), strict=True):
         same(new["state"], old["state"])
         assert new["later"] == old["later"]
-    (alone,) = readers.run(1, read, 1, before[0]["path"], precision)
+    (alone,) = other_ranks.run(1, read, 1, before[0]["path"], precision)
     same(alone["weights"], before[0]["weights"])
     near(alone["later"], before[0]["later"], 2e-6 if precision == "fp32" else 1e-2)
 
 
-def test_a_run_that_trains_image_parts_only(writers, readers, tmp_path):
-    before = writers.run(2, write, 2, tmp_path, "fp32", False)
-    after = readers.run(2, read, 2, before[0]["path"], "fp32", None, False)
+def test_a_run_that_trains_image_parts_only(ranks, other_ranks, tmp_path):
+    before = ranks.run(2, write, 2, tmp_path, "fp32", False)
+    after = other_ranks.run(2, read, 2, before[0]["path"], "fp32", None, False)
     assert [run["later"] for run in after] == [run["later"] for run in before]
 
 
@@ -188,16 +171,16 @@ def copied(written: list[dict], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", ["cut", "file lost", "no marker", "evil index", "gone"])
-def test_a_broken_checkpoint_is_refused_by_name(written, readers, tmp_path, how):
+def test_a_broken_checkpoint_is_refused_by_name(written, other_ranks, tmp_path, how):
     path = copied(written, tmp_path)
     named = damage(path, how)
-    (message, untouched) = readers.run(1, refusal, path)[0]
+    (message, untouched) = other_ranks.run(1, refusal, path)[0]
     assert "refused" in message and named in message and untouched
 
 
-def test_a_checkpoint_without_the_state_of_what_is_now_trained_is_refused(writers, readers, tmp_path):
-    path = writers.run(1, write, 1, tmp_path, "fp32", False)[0]["path"]
-    message, untouched = readers.run(1, refusal, path)[0]
+def test_a_checkpoint_without_the_state_of_what_is_now_trained_is_refused(ranks, other_ranks, tmp_path):
+    path = ranks.run(1, write, 1, tmp_path, "fp32", False)[0]["path"]
+    message, untouched = other_ranks.run(1, refusal, path)[0]
     assert "lacks" in message and "optimizer.state" in message and "frozen" in message and untouched
 
 
@@ -217,8 +200,8 @@ def finding(written: Path, folder: Path) -> list:
     return [*found, checkpoint.latest(folder)]
 
 
-def test_the_newest_whole_one_is_found(written, readers, tmp_path):
-    nothing, found = readers.run(1, finding, Path(written[0]["path"]), tmp_path)[0]
+def test_the_newest_whole_one_is_found(written, other_ranks, tmp_path):
+    nothing, found = other_ranks.run(1, finding, Path(written[0]["path"]), tmp_path)[0]
     assert nothing is None and found.local == tmp_path / "step_0000010"
 
 
@@ -247,13 +230,13 @@ def inodes(folder: Path) -> list[str]:
     return sorted(f"{file.name} {file.stat().st_ino} {file.stat().st_mtime_ns}" for file in files)
 
 
-def test_the_last_and_every_third_are_kept_and_drafts_are_cleared(readers, tmp_path):
+def test_the_last_and_every_third_are_kept_and_drafts_are_cleared(other_ranks, tmp_path):
     folder = tmp_path / "checkpoints"
-    names, frozen = readers.run(2, keeping, folder)[0]
+    names, frozen = other_ranks.run(2, keeping, folder)[0]
     assert names[1:] == [f"step_000000{step}" for step in (3, 6, 7)]
     assert names[0].startswith("frozen_") and names[0] != "frozen_of_nobody"
     assert len(frozen) >= 4
-    readers.run(2, write, 1, folder)
+    other_ranks.run(2, write, 1, folder)
     assert inodes(folder) == frozen, "the frozen weights were written again"
 
 
@@ -274,12 +257,12 @@ def frozen_digest(tensor: int, change: str) -> str:
         return frozen.digest(frozen.split(run.model.module.sharded_state_dict(), run.model.module)[1])
 
 
-def test_frozen_weights_are_named_by_what_they_are_at_any_layout(readers):
-    first, second = readers.run(2, frozen_digest, 2, "")
-    assert first == second == readers.run(1, frozen_digest, 1, "")[0] and len(first) == 32
-    assert readers.run(2, frozen_digest, 1, "trained")[1] == first
+def test_frozen_weights_are_named_by_what_they_are_at_any_layout(other_ranks):
+    first, second = other_ranks.run(2, frozen_digest, 2, "")
+    assert first == second == other_ranks.run(1, frozen_digest, 1, "")[0] and len(first) == 32
+    assert other_ranks.run(2, frozen_digest, 1, "trained")[1] == first
     for change in ("last bit", "two swapped"):
-        assert readers.run(1, frozen_digest, 1, change)[0] != first
+        assert other_ranks.run(1, frozen_digest, 1, change)[0] != first
 
 
 def beside_training(folder: Path) -> tuple:
@@ -307,10 +290,10 @@ def beside_training(folder: Path) -> tuple:
         checkpoint_writer._Staging.write = plain
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(writers, readers, tmp_path):
-    before, held, step, stall, path = writers.run(2, beside_training, tmp_path)[0]
+def test_training_goes_on_while_a_checkpoint_is_written(ranks, other_ranks, tmp_path):
+    before, held, step, stall, path = ranks.run(2, beside_training, tmp_path)[0]
     assert held and step == STEPS and 0 < stall < 30
-    after = readers.run(2, read, 1, Path(path))[0]
+    after = other_ranks.run(2, read, 1, Path(path))[0]
     same(after["weights"], before["weights"])
     same(after["state"], before["state"])
     assert after["later"] == before["later"]
@@ -361,8 +344,8 @@ def interrupted(folder: Path) -> list:
     return found
 
 
-def test_a_save_that_ends_anywhere_leaves_no_half_and_its_error_is_raised(readers, tmp_path):
-    *found, last = readers.run(1, interrupted, tmp_path)[0]
+def test_a_save_that_ends_anywhere_leaves_no_half_and_its_error_is_raised(other_ranks, tmp_path):
+    *found, last = other_ranks.run(1, interrupted, tmp_path)[0]
     assert last == "finished" and len(found) > 5
     assert all(entry in (["step_0000001", []], ["step_0000002", []]) for entry in found)
     assert found[0][0] == "step_0000001"
@@ -390,8 +373,8 @@ def one_cannot_write(folder: Path) -> list[str]:
         return ["saved"]
 
 
-def test_a_rank_that_cannot_write_ends_the_save_on_all_by_name(readers, tmp_path):
-    for said, newest in readers.run(2, one_cannot_write, tmp_path, timeout=60):
+def test_a_rank_that_cannot_write_ends_the_save_on_all_by_name(other_ranks, tmp_path):
+    for said, newest in other_ranks.run(2, one_cannot_write, tmp_path, timeout=60):
         assert "step_0000002 could not be written: rank 1: OSError: no space left" in said
         assert "rank 0" not in said and newest == "step_0000001"
 
@@ -425,8 +408,8 @@ def weights_alone(tensor: int, path: Path) -> dict:
         return run.parameters()
 
 
-def test_weights_alone(written, readers):
-    same(readers.run(1, weights_alone, 1, written[0]["path"])[0], written[0]["weights"])
+def test_weights_alone(written, other_ranks):
+    same(other_ranks.run(1, weights_alone, 1, written[0]["path"])[0], written[0]["weights"])
 
 
 def whole_model(tensor: int, seed: int, folder: Path | None, path: Path | None) -> dict:
@@ -458,7 +441,7 @@ def whole_model(tensor: int, seed: int, folder: Path | None, path: Path | None) 
         groups.destroy()
 
 
-def test_the_whole_model_before_its_first_step_from_two_ranks_to_one(writers, readers, tmp_path):
-    saved = writers.run(2, whole_model, 2, 1, tmp_path, None)[0]
-    (loaded,) = readers.run(1, whole_model, 1, 2, None, saved["path"])
+def test_the_whole_model_before_its_first_step_from_two_ranks_to_one(ranks, other_ranks, tmp_path):
+    saved = ranks.run(2, whole_model, 2, 1, tmp_path, None)[0]
+    (loaded,) = other_ranks.run(1, whole_model, 1, 2, None, saved["path"])
     same(loaded["weights"], saved["weights"])

@@ -20,16 +20,8 @@ from mmi_megatron.convert.rules import ConvertError
 from mmi_megatron.convert.sharded import Layout
 from mmi_megatron.train import checkpoint_folder
 from tests import convert_models as models
-from tests.ranks import Ranks
 
 MULTIPLE = Options(vocabulary_multiple=32)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

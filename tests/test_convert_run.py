@@ -21,7 +21,6 @@ from mmi_megatron.convert.rules import ConvertError
 from mmi_megatron.convert.start import RECORD, load_start, resolve
 from mmi_megatron.settings import save_config
 from tests import convert_models as models
-from tests.ranks import Ranks
 
 ROWS = 300
 
@@ -92,24 +91,18 @@ def steps(config: Config, out: str, stop_after: int, resume: bool) -> None:
     train(config, Path(out), resume=resume, stop_after=stop_after)
 
 
-def test_train_resume_export(prepared, tmp_path):
+def test_train_resume_export(prepared, ranks, tmp_path):
     from transformers import CLIPVisionModel, LlamaForCausalLM
 
     config, folder = prepared
-    pool = Ranks(1)
-    try:
-        out = tmp_path / "out"
-        pool.run(1, steps, config, str(out), 1, False)
-        record = json.loads((out / RECORD).read_text())
-        assert not any(record["unused"].values()) and set(record["from"].values()) == set(
-            config.train.init_from
-        )
-        (out / RECORD).unlink()
-        gone = replace(config, train=replace(config.train, init_from=["/nowhere"]))
-        pool.run(1, steps, gone, str(out), 2, True)
-        assert not (out / RECORD).exists()
-    finally:
-        pool.close()
+    out = tmp_path / "out"
+    ranks.run(1, steps, config, str(out), 1, False)
+    record = json.loads((out / RECORD).read_text())
+    assert not any(record["unused"].values()) and set(record["from"].values()) == set(config.train.init_from)
+    (out / RECORD).unlink()
+    gone = replace(config, train=replace(config.train, init_from=["/nowhere"]))
+    ranks.run(1, steps, gone, str(out), 2, True)
+    assert not (out / RECORD).exists()
     save_config(config, out / "config.yaml")
     result = CliRunner().invoke(
         app,
@@ -152,7 +145,7 @@ def start_one(config: Config, out: str) -> str:
     return ""
 
 
-def test_starts_that_are_refused(prepared, tmp_path):
+def test_starts_that_are_refused(prepared, ranks, tmp_path):
     """The same tensors twice, settings or shapes of another model, a checkpoint that is not whole."""
     config, folder = prepared
     first = config.train.init_from[0]
@@ -171,13 +164,9 @@ def test_starts_that_are_refused(prepared, tmp_path):
         (changed([str(broken)]), "__0_0.distcp has 5 bytes of"),
         (changed([str(tmp_path)]), "neither a checkpoint nor the folder of a run"),
     ]
-    pool = Ranks(1)
-    try:
-        for case, words in cases:
-            (said,) = pool.run(1, start_one, case, str(tmp_path / "out"))
-            pytest.raises(ConvertError, _raise, said).match(words)
-    finally:
-        pool.close()
+    for case, words in cases:
+        (said,) = ranks.run(1, start_one, case, str(tmp_path / "out"))
+        pytest.raises(ConvertError, _raise, said).match(words)
 
 
 def _raise(said: str) -> None:

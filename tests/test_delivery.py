@@ -7,7 +7,6 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from tests.ranks import Ranks
 from tests.small_run import story_config
 
 STEPS = 3
@@ -18,13 +17,6 @@ def config(tmp_path_factory):
     config = story_config(tmp_path_factory.mktemp("stories"))
     config.train.rows, config.train.micro_rows = 8, 1
     return config
-
-
-@pytest.fixture(scope="module")
-def world():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
 
 
 def deliveries(config, tensor: int, pipeline: int, state: dict | None = None):
@@ -72,15 +64,15 @@ def deliveries(config, tensor: int, pipeline: int, state: dict | None = None):
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_every_rank_is_given_its_part_and_one_of_a_replica_asks(config, world, tensor, pipeline):
-    (alone,) = world.run(1, deliveries, config, 1, 1, timeout=60)
+def test_every_rank_is_given_its_part_and_one_of_a_replica_asks(config, ranks, tensor, pipeline):
+    (alone,) = ranks.run(1, deliveries, config, 1, 1, timeout=60)
     checksums = [dict(zip(note["rows"], note["checksums"], strict=True)) for _, note in alone["steps"]]
-    ranks = world.run(4, deliveries, config, tensor, pipeline, timeout=60)
+    results = ranks.run(4, deliveries, config, tensor, pipeline, timeout=60)
     replicas = 4 // (tensor * pipeline)
-    assert sum(rank["asked"] for rank in ranks) == replicas
-    for rank in ranks:
+    assert sum(rank["asked"] for rank in results) == replicas
+    for rank in results:
         assert rank["asked"] == (rank["tp"] == rank["pp"] == 0)
-        (asking,) = [r for r in ranks if r["asked"] and r["dp"] == rank["dp"]]
+        (asking,) = [r for r in results if r["asked"] and r["dp"] == rank["dp"]]
         for (own, note), (whole, first_note) in zip(rank["steps"], asking["steps"], strict=True):
             assert note == first_note
             for batch, reference in zip(own, whole, strict=True):
@@ -102,24 +94,24 @@ def test_every_rank_is_given_its_part_and_one_of_a_replica_asks(config, world, t
         assert rank["state"] == alone["state"]
     for step, expected in enumerate(checksums):
         found: dict[int, int] = {}
-        for rank in ranks:
+        for rank in results:
             if rank["asked"]:
                 _, note = rank["steps"][step]
                 found |= dict(zip(note["rows"], note["checksums"], strict=True))
         assert found == expected
     if pipeline > 1:
-        drawn = [rank["steps"][0][0][0]["drawn"] for rank in ranks if rank["pp"] == pipeline - 1]
+        drawn = [rank["steps"][0][0][0]["drawn"] for rank in results if rank["pp"] == pipeline - 1]
         assert all(pixels.any() for pixels in drawn)
-    assert sum(len(rank["validation"]) for rank in ranks if rank["asked"]) == len(alone["validation"])
+    assert sum(len(rank["validation"]) for rank in results if rank["asked"]) == len(alone["validation"])
 
 
-def test_another_layout_goes_on_where_one_stopped(config, world):
-    (alone,) = world.run(1, deliveries, config, 1, 1, timeout=60)
-    later = world.run(1, deliveries, config, 1, 1, alone["state"])[0]["steps"]
-    ranks = world.run(2, deliveries, config, 1, 1, alone["state"])
+def test_another_layout_goes_on_where_one_stopped(config, ranks):
+    (alone,) = ranks.run(1, deliveries, config, 1, 1, timeout=60)
+    later = ranks.run(1, deliveries, config, 1, 1, alone["state"])[0]["steps"]
+    results = ranks.run(2, deliveries, config, 1, 1, alone["state"])
     for step, (_, note) in enumerate(later):
         found: dict[int, int] = {}
-        for rank in ranks:
+        for rank in results:
             own = rank["steps"][step][1]
             found |= dict(zip(own["rows"], own["checksums"], strict=True))
         assert found == dict(zip(note["rows"], note["checksums"], strict=True))

@@ -52,9 +52,8 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = story_config(folder)
     config = replace(config, parallel=replace(config.parallel, tensor=2))
-    ranks = Ranks(2)
-    ranks.run(2, write_run, config, folder, {}, [3, 12])
-    ranks.close()
+    with Ranks() as ranks:
+        ranks.run(2, write_run, config, folder, {}, [3, 12])
     return folder, config
 
 

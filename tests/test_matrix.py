@@ -66,13 +66,6 @@ parallelism, overlapped exchanges, copies of the optimizer."""
 
 
 @pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(4)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
 def story(tmp_path_factory) -> tuple[Steps, int]:
     return story_steps(tmp_path_factory.mktemp("story"), AT + STEPS)
 
@@ -198,13 +191,10 @@ def test_recomputation_of_every_part_changes_no_bit(reference, layout, way, part
 def fresh(layout: Layout, frozen: bool, story, function, *arguments):
     """The ranks' results of a function in processes that have done nothing before."""
     steps, vocabulary = story
-    pool = Ranks(layout.ranks)
-    try:
+    with Ranks() as pool:
         return pool.run(
             layout.ranks, function, layout.apply(matrix_config(frozen, vocabulary)), steps, *arguments
         )
-    finally:
-        pool.close()
 
 
 def check_checkpoints(story, folder, others: list[Layout], frozen: bool, after: int) -> None:

@@ -7,15 +7,6 @@ import math
 import pytest
 import torch
 
-from tests.ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(2)
-    yield pool
-    pool.close()
-
 
 def gradients(tensor: int, mark: bool = True) -> tuple[dict[str, torch.Tensor], float, float]:
     """On a rank: whole gradients of step 1, the loss and the gradient norm."""

@@ -10,17 +10,9 @@ import pytest
 import torch
 
 from tests.matrix import assert_same_gradients, load_random, plain_model
-from tests.ranks import Ranks
 from tests.samples import SPECIAL, random_batch, small_config
 
 SEED = 7
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def sharded_model(config):

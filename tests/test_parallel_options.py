@@ -23,27 +23,12 @@ from tests.matrix import (
     train_and_save,
     without_images,
 )
-from tests.ranks import Ranks
 from tests.samples import SPECIAL, random_batch, small_config
 from tests.test_matrix import assert_same_run
 
 SEQUENCE = Layout("TP2 + SP", tensor=2, sequence=True)
 PIPELINE = Layout("PP2", pipeline=2)
 BOTH = Layout("TP2 x PP2 + SP", tensor=2, pipeline=2, sequence=True)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(2)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def four_ranks():
-    pool = Ranks(4)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +197,8 @@ def test_the_visual_tokenizer_ahead_changes_no_bit(ranks, story):
     [BOTH, Layout("PP4", pipeline=4), Layout("PP2 x DP2", pipeline=2, data=2)],
     ids=lambda x: x.name,
 )
-def test_the_visual_tokenizer_ahead_of_every_pipeline_changes_no_bit(four_ranks, story, layout):
-    check_ahead(four_ranks, story, layout)
+def test_the_visual_tokenizer_ahead_of_every_pipeline_changes_no_bit(ranks, story, layout):
+    check_ahead(ranks, story, layout)
 
 
 def sent(config, steps):
@@ -282,5 +267,5 @@ def test_bytes_sent_are_those_of_the_sizes(ranks, story, layout, frozen, busy):
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
-def test_bytes_sent_at_other_layouts(four_ranks, story, layout, frozen, parallel, busy):
-    check_bytes(four_ranks, story, layout, frozen, busy, **parallel)
+def test_bytes_sent_at_other_layouts(ranks, story, layout, frozen, parallel, busy):
+    check_bytes(ranks, story, layout, frozen, busy, **parallel)

@@ -10,17 +10,9 @@ import torch
 from PIL import Image
 
 from mmi_megatron.train import metrics
-from tests.ranks import Ranks
 from tests.small_run import story_config
 
 STEPS = 2
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

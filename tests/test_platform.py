@@ -5,23 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from mmi_megatron import platform
-from tests.ranks import Ranks
 
 WIDTH = 8
 needs_cpu = pytest.mark.skipif(platform.has_gpu(), reason="stand-ins are for machines without CUDA")
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def in_fresh_python(code: str) -> subprocess.CompletedProcess[str]:

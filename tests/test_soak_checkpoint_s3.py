@@ -55,9 +55,8 @@ def bucket(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pool(bucket):
     """Processes started after the server: they inherit where it is."""
-    pool = Ranks(2)
-    yield pool
-    pool.close()
+    with Ranks() as pool:
+        yield pool
 
 
 def write(address: str, stage: Path) -> dict:

@@ -10,7 +10,6 @@ import torch
 
 from mmi_megatron.convert.start import RECORD
 from tests import convert_models as models
-from tests.ranks import Ranks
 from tests.test_convert import files_of, weights_of_ours
 from tests.test_convert_run import prepare, steps
 
@@ -18,21 +17,14 @@ pytestmark = pytest.mark.soak
 
 
 @pytest.fixture(scope="module")
-def pool():
-    pool = Ranks(4)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     return prepare(tmp_path_factory.mktemp("run"), "tp=2,pp=2")
 
 
-def test_a_rank_of_four_reads_its_own_slices(pool, prepared, tmp_path):
+def test_a_rank_of_four_reads_its_own_slices(ranks, prepared, tmp_path):
     config, folder = prepared
     wanted = models.llama(vocab_size=config.model.language.vocabulary - 2).state_dict()
-    results = pool.run(4, weights_of_ours, 2, 2, config.train.init_from, str(tmp_path), config)
+    results = ranks.run(4, weights_of_ours, 2, 2, config.train.init_from, str(tmp_path), config)
     sizes = [(folder / "llama_checkpoint" / f"__{rank}_0.distcp").stat().st_size for rank in range(4)]
     seen = set()
     for rank, (held, read) in enumerate(results):
@@ -51,13 +43,13 @@ def test_a_rank_of_four_reads_its_own_slices(pool, prepared, tmp_path):
     assert seen == wanted.keys()
 
 
-def test_four_ranks_train_from_them_and_resume(pool, prepared, tmp_path):
+def test_four_ranks_train_from_them_and_resume(ranks, prepared, tmp_path):
     config, _ = prepared
     config = replace(config, parallel=replace(config.parallel, tensor=2, pipeline=2))
     out = tmp_path / "out"
-    pool.run(4, steps, config, str(out), 1, False)
+    ranks.run(4, steps, config, str(out), 1, False)
     record = json.loads((out / RECORD).read_text())
     assert set(record["from"].values()) == set(config.train.init_from) and not any(record["unused"].values())
-    pool.run(4, steps, config, str(out), 2, True)
+    ranks.run(4, steps, config, str(out), 2, True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2]

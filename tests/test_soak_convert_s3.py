@@ -48,11 +48,8 @@ def test_start_and_export_from_a_bucket(bucket, tmp_path):  # noqa: F811
     address = Folder(f"{bucket}/llama")
     for path in (tmp_path / "out").iterdir():
         address.put(path, path.name)
-    pool = Ranks(2)  # started after the server: they inherit where it is
-    try:
+    with Ranks() as pool:  # started after the server: they inherit where it is
         results = pool.run(2, held, [address.address], str(tmp_path / "run"))
-    finally:
-        pool.close()
     wanted = model.state_dict()
     for found in results:
         for name, tensor in wanted.items():

@@ -15,15 +15,7 @@ from torch import nn
 
 from mmi_megatron.train import anatomy
 from mmi_megatron.train.anatomy import COMMUNICATION, DATA, DECODER, LANGUAGE, TOKENIZER, Anatomy
-from tests.ranks import Ranks
 from tests.samples import random_batch
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    pool = Ranks(2)
-    yield pool
-    pool.close()
 
 
 def watch_of(run, out: Path, **settings):
