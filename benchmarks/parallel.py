@@ -154,9 +154,6 @@ class Training:
         self.config, self.layout, self.steps = config, layout, 0
         self.special = load_tokenizer(config.data.tokenizer).special
         stages = build_stages(config, self.special)
-        if config.parallel.shard_images:
-            for part in [part for stage in stages for part in stage.image_parts()]:
-                optimization.mark_image_parallel(part)
         self.wrapped = optimization.wrap_stages(stages, config)
         self.optimizer, _ = optimization.build_optimizer(self.wrapped, config)
         self.stream = Stream(config.data, "train", global_rows=config.train.rows)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from mmi_megatron.config import (
     Config,
     DecoderConfig,
@@ -221,20 +219,11 @@ def _check_decoder(decoder: DecoderConfig) -> None:
 
 def _check_parallel(config: Config) -> None:
     parallel, language = config.parallel, config.model.language
-    if parallel.context > 1:
-        there = importlib.util.find_spec("transformer_engine") is not None
-        reason = (
-            "this version does not drive TransformerEngine's attention for packed rows yet"
-            if there
-            else "it needs TransformerEngine's attention, which is not installed"
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError(
+            "parallel.sequence: there is nothing to divide over at parallel.tensor=1; set it to false"
         )
-        raise ConfigError(f"parallel.context: set it to 1, got {parallel.context}; {reason}")
-    if parallel.sequence:
-        if parallel.tensor == 1:
-            raise ConfigError(
-                "parallel.sequence: there is nothing to divide over at parallel.tensor=1; set it to false"
-            )
-        _divides("data.context_length", config.data.context_length, "parallel.tensor", parallel.tensor)
+    _check_context(config)
     if parallel.mmfs == "queries" and not parallel.sequence:
         raise ConfigError(
             "parallel.mmfs: queries can be left in place only where they are divided; set "
@@ -254,6 +243,31 @@ def _check_parallel(config: Config) -> None:
             name, value_at(language, name.removeprefix("model.language.")), "parallel.tensor", parallel.tensor
         )
     stages(config)
+
+
+def _check_context(config: Config) -> None:
+    """Rows have to divide over context and sequence parallelism, heads over context and tensor
+    parallelism."""
+    parallel, language, length = config.parallel, config.model.language, config.data.context_length
+    if parallel.sequence:
+        both = "parallel.tensor times parallel.context" if parallel.context > 1 else "parallel.tensor"
+        _divides("data.context_length", length, both, parallel.tensor * parallel.context)
+    if parallel.context == 1:
+        return
+    _divides("data.context_length", length, "parallel.context", parallel.context)
+    ranks = parallel.tensor * parallel.context
+    _divides("model.language.heads", language.heads, "parallel.tensor times parallel.context", ranks)
+    few, many = sorted((language.kv_heads, ranks))
+    if many % few:
+        raise ConfigError(
+            f"model.language.kv_heads: {language.kv_heads} neither divides by parallel.tensor times "
+            f"parallel.context, {ranks}, nor divides it, so that ranks could share them"
+        )
+    if not parallel.shard_images:
+        raise ConfigError(
+            f"parallel.shard_images: false leaves every rank all images, and parallel.context="
+            f"{parallel.context} would count their gradients so many times; set one of the two to its default"
+        )
 
 
 def _check_data(config: Config) -> None:

@@ -233,14 +233,15 @@ class ParallelConfig:
         virtual: stages that each of these ranks holds, taken in turns (interleaved schedule).
         stages: layers of each of the ``pipeline * virtual`` stages in their order; the last may be 0.
             Empty divides them evenly.
-        context: context parallelism, which needs TransformerEngine.
+        context: ranks that divide a row's tokens among themselves, and in attention its heads: for rows
+            whose activations are too large for one rank. With ``tensor`` it must divide the heads.
         sequence: divide norms and residuals over the tensor-parallel group too.
         mmfs: what the tensor-parallel ranks divide among themselves of the language model's MMFS:
             ``heads``, which costs no memory; or, with ``sequence``, ``queries``, which sends the images'
             values instead of queries and outputs, but holds most of MMFS on every rank.
-        shard_images: divide the images of a micro-batch over the tensor-parallel group for the visual
-            tokenizer and the image decoder. Any number divides: the last shares are filled up with
-            images that count for nothing.
+        shard_images: divide the images of a micro-batch over the ranks that share its rows (``tensor``
+            times ``context``) for the visual tokenizer and the image decoder. Any number divides: the
+            last shares are filled up with images that count for nothing.
         vision_ahead: with a pipeline, run the visual tokenizer on the images of the next micro-batch
             while the first stage would wait for the second; takes the memory of one more micro-batch
             in the tokenizer.

@@ -87,8 +87,8 @@ def data_parallel_size(config: Config, ranks: int) -> int:
     if ranks < 1 or ranks % each:
         raise ConfigError(
             f"parallel.tensor: a replica of the model takes {each} ranks (tensor {parallel.tensor} x "
-            f"pipeline {parallel.pipeline}), which does not divide the {ranks} of this run; start a "
-            f"multiple of {each} or change parallel.tensor={parallel.tensor}"
+            f"context {parallel.context} x pipeline {parallel.pipeline}), which does not divide the {ranks} "
+            f"of this run; start a multiple of {each} or change parallel.tensor={parallel.tensor}"
         )
     replicas = ranks // each
     if replicas % parallel.optimizer_copies:

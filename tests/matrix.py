@@ -35,6 +35,7 @@ class Layout:
     pipeline: int = 1
     virtual: int = 1
     data: int = 1
+    context: int = 1
     stages: tuple[int, ...] = ()
     sequence: bool = False
     shard_images: bool = True
@@ -44,13 +45,13 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
     def apply(self, config: Config) -> Config:
         """Set the layout in a configuration of one row a micro-batch."""
         parallel = config.parallel
         parallel.tensor, parallel.pipeline, parallel.virtual = self.tensor, self.pipeline, self.virtual
-        parallel.stages, parallel.sequence = list(self.stages), self.sequence
+        parallel.stages, parallel.sequence, parallel.context = list(self.stages), self.sequence, self.context
         parallel.shard_images, parallel.overlap, parallel.bucket = self.shard_images, self.overlap, 20_000
         parallel.optimizer_copies = self.copies
         config.train.rows, config.train.micro_rows = ROWS, 1
@@ -71,14 +72,14 @@ class Result:
     """What one rank found.
 
     Attributes:
-        place: (tensor, pipeline, data) rank.
+        place: (tensor, pipeline, data, context) rank.
         gradients: of step 1, by the plain model's names; of this rank's stages.
         record: next-token loss, next-image loss and gradient norm of each step.
         parameters: name and whether it is divided over tensor parallelism, and the SHA-256 of its end.
         grad_elements: of this rank's gradient buffers.
     """
 
-    place: tuple[int, int, int]
+    place: tuple[int, int, int, int]
     gradients: dict[str, torch.Tensor]
     record: list[tuple[float, float, float]]
     parameters: dict[tuple[str, bool], str] = field(default_factory=dict)
@@ -221,6 +222,11 @@ MUTATIONS = {
     "missing sum over tensor ranks": ("mmi_megatron.parallel.mmfs.GatedAdd.__init__", "_gate_unmarked"),
     # Noise by the rank that draws.
     "key by layout": ("mmi_megatron.model.image_decoder.ImageDecoder.draw_keys", "_keys_by_rank"),
+    # Each context-parallel rank counts its tokens' positions from its first one.
+    "positions without offset": ("mmi_megatron.parallel.language_model.rotary_angles", "_angles_from_zero"),
+    # What is gathered from context-parallel ranks, hidden states, visual tokens and maps, keeps on each
+    # the gradient of its own use alone.
+    "gradient of other context ranks": ("mmi_megatron.parallel.context.gather", "_gather_alike"),
 }
 
 
@@ -247,6 +253,14 @@ def _keys_by_rank(original):
     return keys
 
 
+def _angles_from_zero(original):
+    return lambda position, width, theta: original(position - position[0], width, theta)
+
+
+def _gather_alike(original):
+    return lambda own_part, alike=False: original(own_part, alike=True)
+
+
 def run(config: Config, steps: Steps, mutation: str = "") -> Result:
     """Train on this rank."""
     from mmi_megatron.parallel import groups
@@ -267,9 +281,6 @@ def build(config: Config, steps: Steps):
 
     stages = build_stages(config, steps.special)
     load_random(stages, plain_model(config, steps.special))
-    if config.parallel.shard_images:
-        for part in [part for stage in stages for part in stage.image_parts()]:
-            optimization.mark_image_parallel(part)
     wrapped = optimization.wrap_stages(stages, config)
     return wrapped, *optimization.build_optimizer(wrapped, config)
 
@@ -292,7 +303,7 @@ def train(config: Config, layout, parts, steps: Steps, first: int = 0) -> list[t
         inputs = [prepare(batch, steps.special, config.model, torch.device("cpu")) for batch in mine]
         counts = counts_of(batches)
         sums = schedule.train_step(wrapped, inputs, config.model.loss, counts, SEED, step)
-        sums = sums if layout.tp_rank == 0 else torch.zeros_like(sums)
+        sums = sums if layout.speaks else torch.zeros_like(sums)
         dist.all_reduce(sums)
         norm, skipped = optimization.finish(wrapped, optimizer)
         assert not skipped
@@ -306,7 +317,7 @@ def _train(config: Config, layout, steps: Steps) -> Result:
     from mmi_megatron.train import optimizer as optimization
 
     parts = build(config, steps)
-    result = Result((layout.tp_rank, layout.pp_rank, layout.dp_rank), {}, [])
+    result = Result((layout.tp_rank, layout.pp_rank, layout.dp_rank, layout.cp_rank), {}, [])
     buffers = [b for chunk in parts[0] for b in chunk.buffers + chunk.expert_parallel_buffers]
     result.grad_elements = sum(buffer.grad_data.numel() for buffer in buffers)
     finalize = optimization.finalize_model_grads

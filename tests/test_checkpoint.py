@@ -418,15 +418,13 @@ def whole_model(tensor: int, seed: int, folder: Path | None, path: Path | None) 
     from mmi_megatron.parallel.model import build_model
     from mmi_megatron.parallel.plain import gather_plain
     from mmi_megatron.train import checkpoint
-    from mmi_megatron.train.optimizer import build_optimizer, mark_image_parallel, wrap
+    from mmi_megatron.train.optimizer import build_optimizer, wrap
     from tests.samples import SPECIAL, small_config
 
     config = small_config(tensor, seed=seed)
     groups.initialize(config)
     try:
         model = build_model(config, SPECIAL)
-        for part in model.image_parts():
-            mark_image_parallel(part)
         wrapped = wrap(model, config)
         optimizer, scheduler = build_optimizer(wrapped, config)
         if folder:

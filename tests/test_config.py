@@ -231,7 +231,25 @@ def test_wrong_names_and_types(override, expected):
         (["parallel.pipeline=2", "parallel.stages=[1,1,1]"], ["parallel.stages", "parallel.pipeline"]),
         (["parallel.pipeline=2", "parallel.stages=[5,-1]"], ["parallel.stages", "at least 0"]),
         (["parallel.virtual=2"], ["parallel.virtual", "parallel.pipeline=1"]),
-        (["parallel.context=2"], ["parallel.context", "TransformerEngine"]),
+        (["parallel.context=2"], ["model.language.heads", "6", "parallel.context, 4"]),
+        (["parallel.context=3"], ["data.context_length", "256", "parallel.context, 3"]),
+        (
+            [
+                "parallel.tensor=1",
+                "parallel.context=3",
+                "data.context_length=258",
+                "model.language.kv_heads=2",
+            ],
+            ["model.language.kv_heads", "2", "parallel.context, 3"],
+        ),
+        (
+            ["parallel.tensor=1", "parallel.context=2", "parallel.shard_images=false"],
+            ["parallel.shard_images", "parallel.context=2"],
+        ),
+        (
+            ["parallel.context=2", "parallel.sequence=true", "data.context_length=258"],
+            ["data.context_length", "258", "parallel.tensor times parallel.context, 4"],
+        ),
         (["parallel.tensor=1", "parallel.sequence=true"], ["parallel.sequence", "parallel.tensor=1"]),
         (["parallel.mmfs=images"], ["parallel.mmfs", "heads, queries", "'images'"]),
         (["parallel.mmfs=queries"], ["parallel.mmfs", "parallel.sequence=true"]),

@@ -19,7 +19,7 @@ def config(tmp_path_factory):
     return config
 
 
-def deliveries(config, tensor: int, pipeline: int, state: dict | None = None):
+def deliveries(config, tensor: int, pipeline: int, context: int = 1, state: dict | None = None):
     """On one rank: where it stands, whether it asked, and what it was given in every step."""
     import torch
 
@@ -27,7 +27,7 @@ def deliveries(config, tensor: int, pipeline: int, state: dict | None = None):
     from mmi_megatron.parallel import groups
     from mmi_megatron.train.delivery import PIXELS, Delivery
 
-    config.parallel.tensor, config.parallel.pipeline = tensor, pipeline
+    config.parallel.tensor, config.parallel.pipeline, config.parallel.context = tensor, pipeline, context
     groups.initialize(config)
     try:
         from megatron.core import parallel_state
@@ -52,6 +52,7 @@ def deliveries(config, tensor: int, pipeline: int, state: dict | None = None):
         return {
             "dp": dp,
             "tp": parallel_state.get_tensor_model_parallel_rank(),
+            "cp": parallel_state.get_context_parallel_rank(),
             "pp": parallel_state.get_pipeline_model_parallel_rank(),
             "asked": delivery.feed is not None,
             "steps": steps,
@@ -63,15 +64,17 @@ def deliveries(config, tensor: int, pipeline: int, state: dict | None = None):
         groups.destroy()
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_every_rank_is_given_its_part_and_one_of_a_replica_asks(config, ranks, tensor, pipeline):
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "context"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)]
+)
+def test_every_rank_is_given_its_part_and_one_of_a_replica_asks(config, ranks, tensor, pipeline, context):
     (alone,) = ranks.run(1, deliveries, config, 1, 1, timeout=60)
     checksums = [dict(zip(note["rows"], note["checksums"], strict=True)) for _, note in alone["steps"]]
-    results = ranks.run(4, deliveries, config, tensor, pipeline, timeout=60)
-    replicas = 4 // (tensor * pipeline)
+    results = ranks.run(4, deliveries, config, tensor, pipeline, context, timeout=60)
+    replicas = 4 // (tensor * pipeline * context)
     assert sum(rank["asked"] for rank in results) == replicas
     for rank in results:
-        assert rank["asked"] == (rank["tp"] == rank["pp"] == 0)
+        assert rank["asked"] == (rank["tp"] == rank["pp"] == rank["cp"] == 0)
         (asking,) = [r for r in results if r["asked"] and r["dp"] == rank["dp"]]
         for (own, note), (whole, first_note) in zip(rank["steps"], asking["steps"], strict=True):
             assert note == first_note
@@ -90,7 +93,9 @@ def test_every_rank_is_given_its_part_and_one_of_a_replica_asks(config, ranks, t
         assert all(
             np.array_equal(*both) for both in zip(rank["validation"], asking["validation"], strict=True)
         )
-        assert np.array_equal(rank["sample"], alone["sample"])
+        sample = rank["sample"]
+        assert len(sample) % context == 0 and len(sample) - len(alone["sample"]) < context
+        assert np.array_equal(sample[: len(alone["sample"])], alone["sample"])
         assert rank["state"] == alone["state"]
     for step, expected in enumerate(checksums):
         found: dict[int, int] = {}
@@ -107,8 +112,8 @@ def test_every_rank_is_given_its_part_and_one_of_a_replica_asks(config, ranks, t
 
 def test_another_layout_goes_on_where_one_stopped(config, ranks):
     (alone,) = ranks.run(1, deliveries, config, 1, 1, timeout=60)
-    later = ranks.run(1, deliveries, config, 1, 1, alone["state"])[0]["steps"]
-    results = ranks.run(2, deliveries, config, 1, 1, alone["state"])
+    later = ranks.run(1, deliveries, config, 1, 1, 1, alone["state"])[0]["steps"]
+    results = ranks.run(2, deliveries, config, 1, 1, 1, alone["state"])
     for step, (_, note) in enumerate(later):
         found: dict[int, int] = {}
         for rank in results:

@@ -21,7 +21,7 @@ def write_run(config, folder, extra, steps):
     from mmi_megatron.parallel.plain import load_plain
     from mmi_megatron.settings import save_config
     from mmi_megatron.train import checkpoint
-    from mmi_megatron.train.optimizer import build_optimizer, mark_image_parallel, wrap
+    from mmi_megatron.train.optimizer import build_optimizer, wrap
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     layout = groups.initialize(config)
@@ -31,8 +31,6 @@ def write_run(config, folder, extra, steps):
         load_plain(model.language_model, plain.language_model.state_dict())
         model.visual_tokenizer.load_state_dict(plain.visual_tokenizer.state_dict())
         model.image_decoder.load_state_dict(plain.image_decoder.state_dict())
-        for part in model.image_parts():
-            mark_image_parallel(part)
         wrapped = wrap(model, config)
         optimizer, scheduler = build_optimizer(wrapped, config)
         if layout.rank == 0:

@@ -55,14 +55,30 @@ LAYOUTS = [
     Layout("TP2 x DP2 without a distributed optimizer", tensor=2, data=2, copies=2),
     Layout("PP2 x DP2", pipeline=2, data=2),
     Layout("PP2 interleaved x DP2", pipeline=2, virtual=2, data=2),
+    Layout("CP2", context=2),
+    Layout("CP4", context=4),
+    Layout("TP2 x CP2", tensor=2, context=2),
+    Layout("TP2 x CP2 + SP", tensor=2, context=2, sequence=True),
+    Layout("CP2 x PP2", context=2, pipeline=2),
+    Layout("CP2 x PP2 interleaved", context=2, pipeline=2, virtual=2),
+    Layout("CP2 x DP2 with distributed optimizer", context=2, data=2, overlap=False),
+    Layout("CP2 x DP2 with distributed optimizer, overlapped", context=2, data=2),
+    Layout("CP2 x DP2 without a distributed optimizer", context=2, data=2, copies=2),
 ]
 SAVED = Layout("TP2 x PP2 + SP", tensor=2, pipeline=2, sequence=True)
 AT = 2
 """The layout that checkpoints are saved at, and the step."""
 
-SUBSET = {"TP2 x PP2 + SP", "PP2 interleaved", "TP2 x DP2", "DP2 without a distributed optimizer"}
-"""What ``make test`` runs, by name: every group, both schedules, payload under both kinds of tensor
-parallelism, overlapped exchanges, copies of the optimizer."""
+SUBSET = {
+    "TP2 x PP2 + SP",
+    "PP2 interleaved",
+    "TP2 x DP2",
+    "DP2 without a distributed optimizer",
+    "TP2 x CP2 + SP",
+    "CP2 x PP2",
+}
+"""What ``make test`` runs, by name: every group, both schedules, payload under every kind of tensor and
+context parallelism, overlapped exchanges, copies of the optimizer."""
 
 
 @pytest.fixture(scope="module")
@@ -100,20 +116,21 @@ def reference(ranks, story) -> Reference:
 
 
 def assert_equal_replicas(results: list[Result]) -> None:
-    """Bit for bit: over data parallelism everything, over tensor parallelism what is not divided."""
+    """Bit for bit: over data and context parallelism everything, over tensor parallelism what is whole."""
     seen: dict[tuple, str] = {}
     for result in results:
-        tensor, pipeline, _ = result.place
+        tensor, pipeline, *_ = result.place
         for (name, divided), digest in result.parameters.items():
             key = (pipeline, name, tensor if divided else None)
             assert seen.setdefault(key, digest) == digest, f"{name} differs between replicas: {result.place}"
 
 
 def assert_same_run(results: list[Result], record, gradients) -> None:
-    for place in {result.place[0] for result in results}:
+    for place in {(tensor, context) for tensor, _, _, context in (result.place for result in results)}:
         merged = {}
         for result in results:
-            if result.place[0] == place and result.place[2] == 0:
+            tensor, _, data, context = result.place
+            if (tensor, context) == place and data == 0:
                 merged |= result.gradients
         assert_same_gradients(merged, gradients)
     for result in results:
@@ -152,6 +169,8 @@ CATCHES = {
     "dropped map gradient": (Layout("PP2", pipeline=2), "of its largest entry"),
     "missing sum over tensor ranks": (Layout("TP2 + SP", tensor=2, sequence=True), "of its largest entry"),
     "key by layout": (Layout("PP2", pipeline=2), "of its largest entry"),
+    "positions without offset": (Layout("CP2", context=2), "of its largest entry"),
+    "gradient of other context ranks": (Layout("CP2", context=2), "of its largest entry"),
 }
 
 

@@ -106,6 +106,7 @@ def refusal(room: str, name: str, value: int) -> tuple[str, bool]:
     ("room", "name", "value"),
     [
         ("parallel", "tensor", 3),
+        ("parallel", "context", 3),
         ("parallel", "optimizer_copies", 3),
         ("train", "rows", 3),
         ("train", "micro_rows", 3),
@@ -128,20 +129,12 @@ def twenty_steps(tensor: int):
     from mmi_megatron.model.mm_interleaved import prepare
     from mmi_megatron.parallel import groups
     from mmi_megatron.parallel.plain import gather_plain
-    from mmi_megatron.train.optimizer import (
-        build_optimizer,
-        finish,
-        gather_parameters,
-        mark_image_parallel,
-        wrap,
-    )
+    from mmi_megatron.train.optimizer import build_optimizer, finish, gather_parameters, wrap
 
     config = small_config(tensor)
     groups.initialize(config)
     try:
         model = sharded_model(config)
-        for part in model.image_parts():
-            mark_image_parallel(part)
         ddp = wrap(model, config)
         optimizer, scheduler = build_optimizer(ddp, config)
         record = []

@@ -28,6 +28,7 @@ from tests.test_matrix import assert_same_run
 
 SEQUENCE = Layout("TP2 + SP", tensor=2, sequence=True)
 PIPELINE = Layout("PP2", pipeline=2)
+CONTEXT = Layout("TP2 x CP2 + SP", tensor=2, context=2, sequence=True)
 BOTH = Layout("TP2 x PP2 + SP", tensor=2, pipeline=2, sequence=True)
 
 
@@ -201,6 +202,10 @@ def test_the_visual_tokenizer_ahead_of_every_pipeline_changes_no_bit(ranks, stor
     check_ahead(ranks, story, layout)
 
 
+OF_DATA, OF_IMAGES = "data x context", "data x context x tensor"
+"""Names of groups (``parallel.traffic``)."""
+
+
 def sent(config, steps):
     """Bytes that this rank sends in the second of two steps: counted, and by the sizes."""
     from mmi_megatron.model.mm_interleaved import prepare
@@ -232,7 +237,7 @@ def check_bytes(pool, story, layout, frozen, busy, **parallel) -> None:
     for counted, sizes in pool.run(
         layout.ranks, sent, config_of(layout, story, frozen, **parallel), story[0]
     ):
-        for group in ("tensor", "pipeline", "data", "tensor x data"):
+        for group in ("tensor", "context", "pipeline", OF_DATA, OF_IMAGES):
             assert (sizes[group] > 50_000) == (group in busy), (group, sizes)
             if group in busy:
                 assert counted[group] == pytest.approx(sizes[group], rel=0.05), (layout.name, group)
@@ -243,10 +248,11 @@ def check_bytes(pool, story, layout, frozen, busy, **parallel) -> None:
 @pytest.mark.parametrize(
     ("layout", "frozen", "busy"),
     [
-        (Layout("TP2", tensor=2), False, {"tensor", "tensor x data"}),
-        (SEQUENCE, True, {"tensor", "tensor x data"}),
+        (Layout("TP2", tensor=2), False, {"tensor", OF_IMAGES}),
+        (SEQUENCE, True, {"tensor", OF_IMAGES}),
         (PIPELINE, False, {"pipeline"}),
-        (Layout("DP2", data=2), True, {"data", "tensor x data"}),
+        (Layout("DP2", data=2), True, {OF_DATA, OF_IMAGES}),
+        (Layout("CP2", context=2), False, {"context", OF_DATA, OF_IMAGES}),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
@@ -259,11 +265,13 @@ def test_bytes_sent_are_those_of_the_sizes(ranks, story, layout, frozen, busy):
     ("layout", "frozen", "parallel", "busy"),
     [
         (Layout("TP2 images whole", tensor=2, shard_images=False), True, {}, {"tensor"}),
-        (SEQUENCE, False, {"mmfs": "queries"}, {"tensor", "tensor x data"}),
-        (BOTH, False, {}, {"tensor", "pipeline", "tensor x data"}),
-        (Layout("TP2 x DP2", tensor=2, data=2), False, {}, {"tensor", "data", "tensor x data"}),
+        (SEQUENCE, False, {"mmfs": "queries"}, {"tensor", OF_IMAGES}),
+        (BOTH, False, {}, {"tensor", "pipeline", OF_IMAGES}),
+        (Layout("TP2 x DP2", tensor=2, data=2), False, {}, {"tensor", OF_DATA, OF_IMAGES}),
         (Layout("PP2 interleaved", pipeline=2, virtual=2), False, {}, {"pipeline"}),
-        (replace(SEQUENCE, recompute=("full", "none", "none")), False, {}, {"tensor", "tensor x data"}),
+        (CONTEXT, False, {}, {"tensor", "context", OF_DATA, OF_IMAGES}),
+        (Layout("CP2 x PP2", context=2, pipeline=2), True, {}, {"context", "pipeline", OF_DATA, OF_IMAGES}),
+        (replace(SEQUENCE, recompute=("full", "none", "none")), False, {}, {"tensor", OF_IMAGES}),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )

@@ -17,7 +17,7 @@ from mmi_megatron.config import Config
 from mmi_megatron.parallel import groups
 from mmi_megatron.parallel.norm import RMSNorm
 from mmi_megatron.platform import device, parameter_dtype
-from mmi_megatron.train.optimizer import build_optimizer, finish, mark_image_parallel, wrap
+from mmi_megatron.train.optimizer import build_optimizer, finish, wrap
 
 WIDTH, IMAGES = 8, 8
 
@@ -78,6 +78,9 @@ class Tiny(MegatronModule):
         spread = mappings.copy_to_tensor_model_parallel_region(hidden)[mine]
         drawn = (self.image_decoder(spread) - images[mine].flip(-1)).float().square().sum()
         return hidden.float().square().sum() + 10 * mappings.reduce_from_tensor_model_parallel_region(drawn)
+
+    def image_parts(self):
+        return [self.vision, self.image_decoder]
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded, group = {}, parallel_state.get_tensor_model_parallel_group()
@@ -149,9 +152,7 @@ class Run:
             values = whole_values()
             for name, parameter in model.named_parameters():
                 parameter.copy_(slice_of(name, values[name]))
-        if mark:
-            mark_image_parallel(model.vision)
-            mark_image_parallel(model.image_decoder)
+        config.parallel.shard_images = mark
         self.model = wrap(model.to(device=device(), dtype=dtype), config)
         self.optimizer, self.scheduler = build_optimizer(self.model, config)
         self.step = 0

@@ -141,9 +141,9 @@ class Images:
         """Maps for the drawn images of this rank's share, such that the ranks' gradients add up."""
         return maps
 
-    def spread(self, whole: Tensor) -> Tensor:
-        """The same tensor, about to be used for this rank's images only."""
-        return whole
+    def spread(self, hidden: Tensor) -> Tensor:
+        """All hidden states [T, width] of those that each rank holds, about to be used for its images."""
+        return hidden
 
     def total(self, part: Tensor) -> Tensor:
         """The sum of a tensor over the ranks."""
@@ -224,12 +224,16 @@ class MMInterleaved(nn.Module):
         count = len(inputs.images)
         embeddings = self.language_model.embed(inputs.tokens)
         visual = tokens[:count].flatten(0, 1).to(embeddings.dtype)
-        embeddings = embeddings.index_copy(0, inputs.placeholders, visual)
+        embeddings = self.place(embeddings, visual, inputs.placeholders)
         # What nothing looks at still takes part, so that every rank has all gradients: the tokenizer
         # in a batch without images, the adapter where the language model does not look at maps.
         if not (count and self.settings.language.mmfs.kind != "none"):
             embeddings = embeddings + 0 * (tokens.sum() + maps.sum()).to(embeddings.dtype)
         return embeddings, maps[:count]
+
+    def place(self, embeddings: Tensor, visual: Tensor, placeholders: Tensor) -> Tensor:
+        """Embeddings [T, width] with visual tokens [I * n, width] in their places."""
+        return embeddings.index_copy(0, placeholders, visual)
 
     def read(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Hidden states [T, width] after the final norm, and the images' maps [I, S, C]."""
@@ -316,7 +320,7 @@ class MMInterleaved(nn.Module):
         if self.image_decoder is None:
             raise ValueError("model.loss.next_image is 0: this model has no image decoder to draw with")
         mine, owned = self.image_ranks.share(count), self.image_ranks.owned(count)
-        context, mask = self.contexts(hidden, inputs.contexts, mine.tolist())
+        context, mask = self.contexts(self.image_ranks.spread(hidden), inputs.contexts, mine.tolist())
         pictures = self.image_decoder.sample(
             context,
             mask,

@@ -20,7 +20,7 @@ from mmi_megatron.layout import data_parallel_size
 
 @dataclass(frozen=True)
 class Layout:
-    """This rank's place: in the world and in its tensor-, pipeline- and data-parallel groups."""
+    """This rank's place: in the world and in its tensor-, pipeline-, data- and context-parallel groups."""
 
     rank: int
     world: int
@@ -30,6 +30,13 @@ class Layout:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int = 0
+    cp_size: int = 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is the first of those ranks of its stage that work on its rows and hold their losses."""
+        return self.tp_rank == self.cp_rank == 0
 
 
 def initialize(config: Config) -> Layout:
@@ -55,8 +62,8 @@ def initialize(config: Config) -> Layout:
         ),
         context_parallel_size=config.parallel.context,
         num_distributed_optimizer_instances=config.parallel.optimizer_copies,
-        # Modules whose images are divided over the tensor-parallel group are reduced over TP x DP
-        # by Megatron's expert groups (train.optimizer.mark_image_parallel).
+        # Modules whose images are divided over tensor- and context-parallel ranks are reduced over these
+        # and the replicas by Megatron's expert groups (train.optimizer.mark_image_parallel).
         expert_tensor_parallel_size=1,
         distributed_timeout_minutes=config.train.timeout / 60,
     )
@@ -70,6 +77,8 @@ def initialize(config: Config) -> Layout:
         pp_size=config.parallel.pipeline,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=replicas,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=config.parallel.context,
     )
 
 

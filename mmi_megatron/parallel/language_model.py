@@ -26,6 +26,7 @@ from mmi_megatron.config import LanguageConfig
 from mmi_megatron.layout import Stage
 from mmi_megatron.model.attention import rotary_angles
 from mmi_megatron.model.language_model import ImageTokens, LevelSelect, Visibility, padded_vocabulary
+from mmi_megatron.parallel import context
 from mmi_megatron.parallel.spec import Documents, block_spec
 
 
@@ -87,7 +88,8 @@ class ShardedLanguageModel(MegatronModule):
                 self.image_tokens.head = None
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """See ``LanguageModel.embed``."""
+        """See ``LanguageModel.embed``: [t, width] of this context-parallel rank's t of the T tokens."""
+        tokens = context.part(tokens)
         embeddings = self.embedding(tokens)
         if self.image_tokens is not None:
             is_boi = (tokens == self.boi)[:, None].to(embeddings.dtype)
@@ -99,12 +101,12 @@ class ShardedLanguageModel(MegatronModule):
         return self.leave(self.run(self.enter(embeddings), sees, maps))
 
     def enter(self, embeddings: Tensor) -> Tensor:
-        """Hidden states of this rank, [T, 1, width] or its part of them under sequence parallelism."""
+        """Hidden states of this rank, [t, 1, width] or its part of them under sequence parallelism."""
         hidden = embeddings.unsqueeze(1)
         return scatter_to_sequence_parallel_region(hidden) if self.config.sequence_parallel else hidden
 
     def leave(self, hidden: Tensor) -> Tensor:
-        """All hidden states [T, width] of those that each rank has."""
+        """Hidden states [t, width] of those that each tensor-parallel rank has."""
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)
@@ -113,21 +115,22 @@ class ShardedLanguageModel(MegatronModule):
         """This stage's layers, and the final norm in the last one.
 
         Args:
-            hidden: [T, 1, width], or this rank's part under sequence parallelism.
+            hidden: [t, 1, width], or this rank's part under sequence parallelism.
             sees: structure of the whole stream.
             maps: [I, S, maps_width]. Their gradient is this rank's part, to be summed over the
-                tensor-parallel group.
+                tensor- and context-parallel ranks.
 
         Returns:
             Of the shape of ``hidden``.
         """
         head_width = self.language.width // self.language.heads
-        angles = rotary_angles(sees.position, head_width, self.language.rope_theta)
+        position = context.part(sees.position)
+        angles = rotary_angles(position, head_width, self.language.rope_theta)
         return self.decoder(
             hidden,
             attention_mask=None,
             context=self.select(maps).flatten(0, 1).unsqueeze(1),
-            context_mask=sees.visible,
+            context_mask=context.part(sees.visible),
             rotary_pos_emb=angles[:, None, None],
             packed_seq_params=Documents(sees.bounds),
         )
@@ -150,10 +153,12 @@ class ShardedLanguageModel(MegatronModule):
         return gather_from_tensor_model_parallel_region(self._logits(hidden))[:, : self.language.vocabulary]
 
     def token_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """See ``LanguageModel.token_losses``."""
+        """See ``LanguageModel.token_losses``: float32 [T], alike on all ranks, from this context-parallel
+        rank's hidden states [t, width] and all labels [T]."""
+        labels = context.part(labels)
         kept = labels != IGNORED
         losses = vocab_parallel_cross_entropy(self._logits(hidden).unsqueeze(1), labels.clamp_min(0)[:, None])
-        return losses.squeeze(1).masked_fill(~kept, 0.0)
+        return context.gather(losses.squeeze(1).masked_fill(~kept, 0.0), alike=True)
 
     def mmfs_parts(self) -> Iterator[nn.Module]:
         """MMFS, its norm and its gate, layer by layer."""

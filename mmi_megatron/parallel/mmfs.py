@@ -42,7 +42,8 @@ class ShardedMMFS(MegatronModule):
     """Twin of ``model.mmfs.MMFS`` inside ``GatedMMFS``, without the gate.
 
     Called by Megatron's layer as its cross-attention: ``attention_mask`` carries the visible
-    intervals, int32 [T, 2], and ``key_value_states`` the maps, [I * S, 1, maps_width].
+    intervals of this context-parallel rank's tokens, int32 [T, 2], and ``key_value_states`` the maps,
+    [I * S, 1, maps_width].
 
     Args:
         config, layer_number, pg_collection: Megatron's.

@@ -19,8 +19,8 @@ from mmi_megatron.model.image_decoder import ImageDecoder
 from mmi_megatron.model.mm_interleaved import Images, Inputs, Losses, MMInterleaved
 from mmi_megatron.model.visual_tokenizer import VisualTokenizer
 from mmi_megatron.model.vit_adapter import pyramid_shapes
-from mmi_megatron.parallel import payload
-from mmi_megatron.parallel.image_sharding import ReplicatedImages, TensorParallelImages
+from mmi_megatron.parallel import context, payload
+from mmi_megatron.parallel.image_sharding import DividedImages, ReplicatedImages
 from mmi_megatron.parallel.language_model import ShardedLanguageModel
 from mmi_megatron.parallel.plain import initialise
 from mmi_megatron.parallel.spec import transformer_config
@@ -69,7 +69,8 @@ class ShardedMMInterleaved(MMInterleaved):
         Args:
             inputs: the micro-batch, the same on all stages but for the pixels.
             seed, step: key the noise of the losses.
-            finish: what the last stage does in place of the losses.
+            finish: what the last stage does in place of the losses, with the hidden states of this
+                context-parallel rank.
 
         Returns:
             The payload for the next stage; on the last, ``Losses`` or what ``finish`` returns.
@@ -91,7 +92,7 @@ class ShardedMMInterleaved(MMInterleaved):
         if self._payload is None:
             raise RuntimeError(f"pipeline stage {self.stage.index} was called without its input")
         received, self._payload = self._payload, None
-        tokens = len(inputs.tokens)
+        tokens = len(context.part(inputs.tokens))
         if self.config.sequence_parallel:
             tokens //= self.config.tensor_model_parallel_size
         channels = self.settings.vision.width
@@ -106,6 +107,11 @@ class ShardedMMInterleaved(MMInterleaved):
         if self.language_model.image_tokens is not None:
             self.ready(self.language_model.image_tokens)
         return super().embed(inputs)
+
+    def place(self, embeddings: Tensor, visual: Tensor, placeholders: Tensor) -> Tensor:
+        """See ``MMInterleaved.place``; embeddings [t, width] of this context-parallel rank's tokens."""
+        where, which = context.own(placeholders, len(embeddings))
+        return super().place(embeddings, visual[which], where)
 
     def run_ahead(self, inputs: Inputs) -> None:
         """Tokenize the images of the micro-batch that comes next."""
@@ -130,7 +136,7 @@ class ShardedMMInterleaved(MMInterleaved):
         return self.language_model.config
 
     def image_parts(self) -> list[nn.Module]:
-        """The replicated modules of this stage whose images are divided over the tensor-parallel group."""
+        """The replicated modules of this stage whose images are divided over the ranks."""
         return [part for part in (self.visual_tokenizer, self.image_decoder) if part is not None]
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None) -> dict:
@@ -187,7 +193,7 @@ def _build_stage(
         config.parallel.mmfs,
     )
     initialise(language, seed)
-    images: Images = TensorParallelImages() if config.parallel.shard_images else ReplicatedImages()
+    images: Images = DividedImages() if config.parallel.shard_images else ReplicatedImages()
     whole = ShardedMMInterleaved(
         model,
         language,

@@ -1,9 +1,9 @@
 """What travels between pipeline stages: one flat tensor [rows, 1, width].
 
-First come the hidden states of this tensor-parallel rank, then, as further rows, the maps that later
-stages look at. Each tensor-parallel rank carries an equal share of their positions and gathers all
-of them once, where the next stage begins; backwards, the gradients of the stage's layers and drawn
-images are summed over the ranks there, and each rank sends back its share. So a map's gradient adds
+First come the hidden states of this rank, then, as further rows, the maps that later stages look at.
+Each of the tensor- and context-parallel ranks of a stage carries an equal share of their positions and
+gathers all of them once, where the next stage begins; backwards, the gradients of the stage's layers and
+drawn images are summed over these ranks there, and each sends back its share. So a map's gradient adds
 up from the last stage to the first, in the dtype of the parameters.
 
 Stages exchange the shape of every payload, so micro-batches may differ in tokens and images.
@@ -15,13 +15,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from mmi_megatron.config import ModelConfig
 from mmi_megatron.model.language_model import has_mmfs
 from mmi_megatron.model.mm_interleaved import Inputs
+from mmi_megatron.parallel.image_sharding import gather_maps, place
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -41,8 +40,8 @@ class Route:
 
     @property
     def share(self) -> int:
-        """Positions that each tensor-parallel rank carries; the last may be filled up."""
-        return -(-len(self.wanted) // parallel_state.get_tensor_model_parallel_world_size())
+        """Positions that each rank of a stage carries; the last may be filled up."""
+        return -(-len(self.wanted) // place()[1])
 
 
 def route(inputs: Inputs, config: ModelConfig, shapes: Shapes, layer: int) -> Route:
@@ -78,7 +77,7 @@ def pack(hidden: Tensor, maps: Tensor, route: Route) -> Tensor:
         [t + rows, 1, width], rows = ceil(route.share * C / width).
     """
     width, share = hidden.shape[-1], route.share
-    start = parallel_state.get_tensor_model_parallel_rank() * share
+    start = place()[0] * share
     mine = route.wanted[start : start + share].to(maps.device)
     values = maps.flatten(0, 1).index_select(0, mine).flatten()
     total = -(-share * maps.shape[-1] // width) * width
@@ -87,7 +86,7 @@ def pack(hidden: Tensor, maps: Tensor, route: Route) -> Tensor:
 
 
 def unpack(payload: Tensor, tokens: int, channels: int, route: Route) -> tuple[Tensor, Tensor]:
-    """Undo ``pack`` on all tensor-parallel ranks (collective).
+    """Undo ``pack`` on all tensor- and context-parallel ranks (collective).
 
     Args:
         payload: [tokens + rows, 1, width].
@@ -97,12 +96,12 @@ def unpack(payload: Tensor, tokens: int, channels: int, route: Route) -> tuple[T
 
     Returns:
         hidden [t, 1, width], and maps [I, S, C]: zero where they did not travel, their gradients
-        summed over the tensor-parallel ranks.
+        summed over these ranks.
     """
     hidden, rows = payload.split([tokens, len(payload) - tokens])
     share = route.share
     values = rows.flatten()[: share * channels].view(share, channels)
-    every = gather_from_sequence_parallel_region(values)[: len(route.wanted)] if share else values
+    every = gather_maps(values)[: len(route.wanted)] if share else values
     maps = every.new_zeros(route.images * route.positions, channels)
     maps = maps.index_copy(0, route.wanted.to(maps.device), every)
     return hidden, maps.view(route.images, route.positions, channels)

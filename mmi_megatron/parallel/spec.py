@@ -23,6 +23,7 @@ from mmi_megatron.config import Config, LanguageConfig
 from mmi_megatron.layout import stages
 from mmi_megatron.model.attention import packed_attention
 from mmi_megatron.model.language_model import has_mmfs
+from mmi_megatron.parallel import context
 from mmi_megatron.parallel.mmfs import GatedAdd, ShardedMMFS
 from mmi_megatron.parallel.norm import RMSNorm
 from mmi_megatron.platform import device, parameter_dtype
@@ -64,9 +65,10 @@ class PackedCoreAttention(MegatronModule):
         *,
         packed_seq_params: Documents,
     ) -> Tensor:
-        """[T, 1, heads, width] each (fewer heads in key and value with grouped queries) to
-        [T, 1, heads * width]."""
-        out = packed_attention(query[:, 0], key[:, 0], value[:, 0], packed_seq_params.bounds)
+        """[t, 1, heads, width] each (fewer heads in key and value with grouped queries) to
+        [t, 1, heads * width]; t of the stream's tokens are this context-parallel rank's."""
+        query, key, value = context.by_heads(query[:, 0], key[:, 0], value[:, 0])
+        out = context.by_tokens(packed_attention(query, key, value, packed_seq_params.bounds))
         return out.flatten(1).unsqueeze(1)
 
 
@@ -109,6 +111,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         batch_p2p_comm=False,
         deallocate_pipeline_outputs=parallel.pipeline > 1,
         sequence_parallel=parallel.sequence,
+        context_parallel_size=parallel.context,
+        cp_comm_type="a2a" if parallel.context > 1 else None,
         expert_tensor_parallel_size=1,
         use_cpu_initialization=device().type == "cpu",
         # The plain twin's start values are loaded later; what is wanted of Megatron's own is that it

@@ -1,7 +1,8 @@
 """Bytes that a rank sends in a training step, group by group: counted as they go, and from the sizes.
 
 Both take what the ring algorithms send, the least that n ranks can do with: of a tensor of B bytes an
-all-gather or a reduce-scatter sends (n - 1) / n B from each rank, an all-reduce twice that, a message B.
+all-gather or a reduce-scatter sends (n - 1) / n B from each rank, an all-reduce twice that, an all-to-all
+of B on each rank (n - 1) / n B, a message B.
 The groups are those of ``GROUPS``.
 """
 
@@ -24,12 +25,15 @@ from mmi_megatron.parallel import payload
 from mmi_megatron.parallel.model import ShardedMMInterleaved
 from mmi_megatron.platform import parameter_dtype
 
-TENSOR, PIPELINE, DATA, IMAGES, OTHER = "tensor", "pipeline", "data", "tensor x data", "other"
+TENSOR, CONTEXT, PIPELINE, DATA = "tensor", "context", "pipeline", "data x context"
+IMAGES, OTHER = "data x context x tensor", "other"
 GROUPS = {
     TENSOR: "activations, and gradients of what sequence parallelism replicates",
+    CONTEXT: "tokens for heads and back in attention; hidden states, visual tokens and maps for images",
     PIPELINE: "payloads between stages and their gradients",
-    DATA: "gradients and parameters of the language model over its replicas",
-    IMAGES: "gradients and parameters of the modules whose images are divided over tensor parallelism",
+    DATA: "gradients and parameters of the language model over its replicas and context parallelism",
+    IMAGES: "gradients and parameters of the modules whose images are divided, over these and tensor "
+    "parallelism",
     OTHER: "norms, counts and checks",
 }
 """Each group and what it sends."""
@@ -55,6 +59,7 @@ class Sent(TorchDispatchMode):
         self.bytes: dict[str, float] = defaultdict(float)
         groups = (
             (TENSOR, parallel_state.get_tensor_model_parallel_group()),
+            (CONTEXT, parallel_state.get_context_parallel_group()),
             (DATA, parallel_state.get_data_parallel_group()),
             (DATA, parallel_state.get_data_parallel_group(with_context_parallel=True)),
             (IMAGES, parallel_state.get_expert_data_parallel_group()),
@@ -80,6 +85,8 @@ class Sent(TorchDispatchMode):
             sent = others * _bytes(args[0])  # the output, whole
         elif name in ("_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_", "reduce_scatter_"):
             sent = others * _bytes(args[1])  # the input, whole
+        elif name == "alltoall_base_":
+            sent = others * _bytes(args[1])  # the input; as much comes back
         elif name == "broadcast_":
             sent = _bytes(args[0])
         else:
@@ -114,15 +121,16 @@ def expected(
         for stage in stages:
             count = _Activations(config, stage, micro_batch)
             sent[TENSOR] += count.tensor()
+            sent[CONTEXT] += count.context()
             sent[PIPELINE] += count.pipeline()
     width = parameter_dtype(config.train.precision).itemsize
-    tensor = config.parallel.tensor
+    tensor, context = config.parallel.tensor, config.parallel.context
     for stage in stages:
         trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]
         images = [parameter for parameter in trained if not getattr(parameter, "allreduce", True)]
         for label, ranks, whole in (
-            (DATA, replicas, _size(trained) - _size(images)),
-            (IMAGES, replicas * tensor, _size(images)),
+            (DATA, replicas * context, _size(trained) - _size(images)),
+            (IMAGES, replicas * context * tensor, _size(images)),
         ):
             # Gradients are reduce-scattered in fp32, parameters all-gathered as they are.
             sent[label] += (ranks - 1) / ranks * whole * (4 + width)
@@ -130,7 +138,7 @@ def expected(
             summed = [parameter for parameter in trained if getattr(parameter, "sequence_parallel", False)]
             elements = sum(parameter.numel() for parameter in summed)
             sent[TENSOR] += 2 * (tensor - 1) / tensor * 4 * elements
-    return {label: sent[label] for label in (TENSOR, PIPELINE, DATA, IMAGES)}
+    return {label: sent[label] for label in (TENSOR, CONTEXT, PIPELINE, DATA, IMAGES)}
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:
@@ -139,13 +147,19 @@ def _size(parameters: Iterable[nn.Parameter]) -> int:
 
 
 class _Activations:
-    """What the forward and backward pass of one micro-batch through one stage send."""
+    """What the forward and backward pass of one micro-batch through one stage send.
+
+    Attributes:
+        ranks, parts: tensor- and context-parallel.
+        hidden: bytes of the hidden states of one context-parallel rank.
+    """
 
     def __init__(self, config: Config, stage: ShardedMMInterleaved, inputs: Inputs):
         self.config, self.model, self.stage, self.inputs = config, config.model, stage, inputs
-        self.ranks = config.parallel.tensor
+        self.ranks, self.parts = config.parallel.tensor, config.parallel.context
+        self.tokens = len(inputs.tokens) // self.parts
         self.width = parameter_dtype(config.train.precision).itemsize
-        self.hidden = len(inputs.tokens) * self.model.language.width * self.width
+        self.hidden = self.tokens * self.model.language.width * self.width
         self.positions = sum(height * width for height, width in stage.shapes)
 
     def part(self, whole: float) -> float:
@@ -168,6 +182,39 @@ class _Activations:
         else:
             sent += 2 * self.part(self.ranks * self._share(stage.start))
         return sent + (self._last() if stage.last else 0.0)
+
+    def context(self) -> float:
+        """Over the context-parallel group: heads for tokens in every layer; what images are made into, and
+        the hidden states that images are drawn from."""
+        if self.parts == 1:
+            return 0.0
+        stage = self.stage.stage
+        passes = 2 if self.config.train.recompute.language == "none" else 3
+        whole = self._exchanged() * passes * len(stage.layers)
+        if stage.first:
+            tokens, maps = self._seen()
+            whole += 2 * self.parts * (tokens + maps)
+        else:
+            whole += 2 * self.parts * self.ranks * self._share(stage.start)
+        if stage.last:
+            whole += 4 * self.parts * self.tokens  # the losses of tokens, whose gradient is at hand
+            if (drawn := len(self.inputs.drawn)) and self.model.loss.next_image:
+                whole += 2 * self.parts * self.hidden + 2 * 4 * drawn
+        return (self.parts - 1) / self.parts * whole
+
+    def _exchanged(self) -> float:
+        """What one layer's attention exchanges in a forward pass: queries, keys, values and its output."""
+        language = self.model.language
+        values = language.kv_heads // self.ranks
+        heads = 2 * language.heads // self.ranks + 2 * max(values, self.parts)
+        return heads * self.hidden / language.heads
+
+    def _seen(self) -> tuple[float, float]:
+        """Tokens and maps of the images of a context-parallel rank's share, filled up as it is."""
+        vision, ranks = self.model.vision, self.ranks * self.parts
+        images = self.ranks * max(-(-len(self.inputs.images) // ranks), 1)
+        tokens = vision.resampler.queries * self.model.language.width
+        return images * tokens * self.width, images * self.positions * vision.width * self.width
 
     def pipeline(self) -> float:
         """Over the pipeline: payloads, and the three numbers of each one's shape."""
@@ -218,7 +265,7 @@ class _Activations:
             values = len(self.inputs.images) * positions * mmfs.value_width * self.width * (1 + dense)
             return self.part(values), self.part(values) + norm
         (down, down_back), (up, up_back) = self._column(), self._row()
-        rows = 0 if dense else len(self.inputs.tokens) + mmfs.table_rows
+        rows = 0 if dense else self.tokens + mmfs.table_rows
         projected = rows * mmfs.heads * mmfs.points * (2 + len(mmfs.levels)) * self.width
         return down + up + self.part(projected), down_back + up_back + self.part(projected) + norm
 
@@ -228,18 +275,16 @@ class _Activations:
         sent = self.reduce(self.hidden)
         if self.config.parallel.sequence:
             sent += self.part(self.hidden)
-        count, vision = len(self.inputs.images), self.model.vision
-        maps = self.positions * vision.width * self.width
         if not self.config.parallel.shard_images:
-            return sent + self.reduce(max(count, 1) * maps)
-        shares = self.ranks * max(-(-count // self.ranks), 1)
-        tokens = vision.resampler.queries * self.model.language.width * self.width
-        return sent + self.part(shares * tokens) + 2 * self.part(shares * maps)
+            maps = self.positions * self.model.vision.width * self.width
+            return sent + self.reduce(max(len(self.inputs.images), 1) * maps)
+        tokens, all_maps = self._seen()
+        return sent + self.part(tokens) + 2 * self.part(all_maps)
 
     def _last(self) -> float:
         """The head, whose input's gradient is summed; three numbers a token of the cross-entropy; the
         hidden states' gradient of the drawn images, and their losses."""
-        tokens, drawn = len(self.inputs.tokens), len(self.inputs.drawn)
+        tokens, drawn = self.tokens, len(self.inputs.drawn)
         sent = self.reduce(self.hidden) + 3 * self.reduce(4 * tokens)
         if self.config.parallel.sequence:
             sent += self.part(self.hidden)

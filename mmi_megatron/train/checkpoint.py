@@ -258,7 +258,7 @@ def load(
         CheckpointError: for one that is not whole, of another model, or of another version.
     """
     run = open_run(path)
-    same_layout = run["layout"] == _layout()
+    same_layout = {"context": 1} | run["layout"] == _layout()
     for part in parts(optimizer):
         _repair(part)
     sharded = _sharded_model(model)
@@ -359,6 +359,7 @@ def _layout() -> dict[str, Any]:
         "ranks": dist.get_world_size(),
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
         "device": device().type,
     }
 

@@ -1,6 +1,6 @@
 """Batches from the data pipeline to the ranks that work on them.
 
-Of each replica of the model one rank asks: tensor rank 0 of the first pipeline stage. It alone holds the
+Of each replica of the model one rank asks: the first of its first pipeline stage. It alone holds the
 index and has anything decoded. What a batch says of itself (kilobytes) goes to all ranks of the replica;
 the pixels of the input images only to the stage that encodes them, those of the drawn images only to the
 stage that draws them.
@@ -61,44 +61,44 @@ class Delivered:
 
 @dataclass(frozen=True)
 class Place:
-    """Where this rank stands in its replica; ranks are global ones.
+    """Where this rank stands in its replica.
 
     Attributes:
-        replica, tensor, pipeline: its groups; ``asking`` is the rank of the replica that asks.
+        peers: group of the ranks of its stage, tensor- and context-parallel.
+        stages: group of the ranks with its place in their stages, the first stage's first.
         first, last: whether it is in the first and in the last stage.
-        across: the ranks between which drawn images pass, or None with one stage.
     """
 
-    replica: dist.ProcessGroup
-    tensor: dist.ProcessGroup
-    pipeline: dist.ProcessGroup
-    asking: int
+    peers: dist.ProcessGroup
+    stages: dist.ProcessGroup
     first: bool
     last: bool
-    across: tuple[int, int] | None
 
     @classmethod
     def here(cls) -> Place:
         """This rank's place in Megatron's groups."""
-        replica = parallel_state.get_model_parallel_group()
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        stage = parallel_state.get_pipeline_model_parallel_rank()
-        pipeline = parallel_state.get_pipeline_model_parallel_group()
-        ranks = dist.get_process_group_ranks(pipeline)
-        return cls(
-            replica,
-            parallel_state.get_tensor_model_parallel_group(),
-            pipeline,
-            dist.get_process_group_ranks(replica)[0],
-            stage == 0,
-            stage == stages - 1,
-            (ranks[0], ranks[-1]) if stages > 1 else None,
-        )
+        peers = parallel_state.get_tensor_and_context_parallel_group()
+        stages = parallel_state.get_pipeline_model_parallel_group()
+        return cls(peers, stages, stages.rank() == 0, stages.rank() == stages.size() - 1)
 
     @property
     def asks(self) -> bool:
         """Whether this rank asks for the replica's batches."""
-        return dist.get_rank() == self.asking
+        return self.first and self.peers.rank() == 0
+
+    def to_peers(self, data: Tensor) -> Tensor:
+        """What the stage's first rank holds, on all its ranks (called by these)."""
+        if self.peers.size() > 1 and data.numel():
+            dist.broadcast(data, group=self.peers, group_src=0)
+        return data
+
+    def to_all(self, data: Tensor) -> Tensor:
+        """What the asking rank holds, on all ranks of the replica (called by these)."""
+        if self.first:
+            self.to_peers(data)
+        if self.stages.size() > 1:
+            dist.broadcast(data, group=self.stages, group_src=0)
+        return data
 
 
 class Delivery:
@@ -184,11 +184,11 @@ class Delivery:
 
     def heldout(self, documents: int, pad: int) -> Delivered:
         """Held-out documents of the first source as one batch, a row each; called by every rank. Under
-        sequence parallelism ``pad`` tokens fill it up to what the ranks can divide."""
+        context or sequence parallelism ``pad`` tokens fill it up to what the ranks can divide."""
         if self.feed is None:
             return receive(self.place)
         parallel = self.config.parallel
-        multiple = parallel.tensor if parallel.sequence else 1
+        multiple = parallel.context * (parallel.tensor if parallel.sequence else 1)
         return send(self.place, [padded(self.feed.heldout(documents), multiple, pad)])
 
     def close(self) -> None:
@@ -249,9 +249,8 @@ def send(
     words = json.dumps({"batches": described, "note": note or {}}).encode()
     arrays = [getattr(batch, f.name) for batch in batches for f in fields(batch) if f.name not in PIXELS]
     body = b"".join([words, *(array.tobytes() for array in arrays)])
-    if dist.get_world_size(place.replica) > 1:
-        dist.broadcast(torch.tensor([len(words), len(body)], device=device()), place.asking, place.replica)
-        _broadcast(torch.frombuffer(bytearray(body), dtype=torch.uint8), place.asking, place.replica)
+    place.to_all(torch.tensor([len(words), len(body)], device=device()))
+    place.to_all(torch.frombuffer(bytearray(body), dtype=torch.uint8).to(device()))
     uploads = uploads or [Upload([batch.images, batch.drawn]) for batch in batches]
     pixels = []
     for upload in uploads:
@@ -262,10 +261,8 @@ def send(
 
 def receive(place: Place) -> Delivered:
     """Take the micro-batches that ``send`` gives."""
-    sizes = torch.zeros(2, dtype=torch.long, device=device())
-    dist.broadcast(sizes, place.asking, place.replica)
-    head, total = sizes.tolist()
-    body = _broadcast(torch.empty(total, dtype=torch.uint8), place.asking, place.replica).cpu().numpy()
+    head, total = place.to_all(torch.zeros(2, dtype=torch.long, device=device())).tolist()
+    body = place.to_all(torch.empty(total, dtype=torch.uint8, device=device())).cpu().numpy()
     described = json.loads(body[:head].tobytes())
     at, batches, pixels = head, [], []
     for given in described["batches"]:
@@ -287,34 +284,17 @@ def _deliver_images(place: Place, images: Tensor) -> Tensor:
     """Input images to all ranks of the first stage; without size elsewhere."""
     if not place.first:
         return images.new_empty(len(images), 3, 0, 0)
-    return _to_tensor_peers(place, images)
+    return place.to_peers(images)
 
 
 def _deliver_drawn(place: Place, drawn: Tensor) -> Tensor:
     """Drawn images to all ranks of the last stage; without size elsewhere."""
-    if place.across is not None and drawn.numel():
-        first, last = place.across
-        tensor_first = dist.get_process_group_ranks(place.tensor)[0] == dist.get_rank()
-        if tensor_first and dist.get_rank() == first:
-            dist.send(drawn, last, place.pipeline)
-        if tensor_first and dist.get_rank() == last:
-            dist.recv(drawn, first, place.pipeline)
-    if not place.last:
-        return drawn.new_empty(len(drawn), 3, 0, 0)
-    return _to_tensor_peers(place, drawn)
-
-
-def _to_tensor_peers(place: Place, pixels: Tensor) -> Tensor:
-    peers = dist.get_process_group_ranks(place.tensor)
-    if len(peers) > 1 and pixels.numel():
-        dist.broadcast(pixels, peers[0], place.tensor)
-    return pixels
-
-
-def _broadcast(data: Tensor, source: int, group: dist.ProcessGroup) -> Tensor:
-    data = data.to(device())
-    dist.broadcast(data, source, group)
-    return data
+    if place.stages.size() > 1 and place.peers.rank() == 0 and drawn.numel():
+        if place.first:
+            dist.send(drawn, group=place.stages, group_dst=place.stages.size() - 1)
+        if place.last:
+            dist.recv(drawn, group=place.stages, group_src=0)
+    return place.to_peers(drawn) if place.last else drawn.new_empty(len(drawn), 3, 0, 0)
 
 
 def _nothing(shape: Sequence[int]) -> Tensor:

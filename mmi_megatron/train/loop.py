@@ -34,7 +34,6 @@ from mmi_megatron.train.optimizer import (
     build_optimizer,
     finish,
     gather_parameters,
-    mark_image_parallel,
     wrap_stages,
 )
 from mmi_megatron.train.pictures import save_strip
@@ -71,9 +70,6 @@ class Trainer:
         stages = build_stages(config, self.tokenizer.special)
         if fresh and config.train.init_from:
             load_start(stages, config, out)
-        if config.parallel.shard_images:
-            for part in [part for stage in stages for part in stage.image_parts()]:
-                mark_image_parallel(part)
         self.stages = wrap_stages(stages, config)
         self.optimizer, self.scheduler = build_optimizer(self.stages, config)
         self.step = 0
@@ -220,7 +216,7 @@ class Trainer:
 
     def _sum_losses(self, sums: Tensor) -> list[float]:
         """Sums over the whole run of what the last stages hold, known to every rank."""
-        if self.layout.tp_rank > 0:  # they hold the same
+        if not self.layout.speaks:  # they hold the same
             sums = torch.zeros_like(sums)
         together = sums.to(device=device(), dtype=torch.float64)
         dist.all_reduce(together)
@@ -260,7 +256,7 @@ class Trainer:
         draw = partial(model.draw_from, steps=train.sample_steps, guidance=train.guidance, seeds=seeds)
         with nullcontext() if self.decoder is None else self.decoder.averaged():
             drawn = schedule.read(self.stages, self._prepare(delivered)[0], draw)
-        first = self.layout.tp_rank == 0 and self.layout.dp_rank == 0
+        first = self.layout.speaks and self.layout.dp_rank == 0
         if drawn is not None and first and len(true):
             path = self.out / "samples" / f"step_{self.step:07d}.png"
             save_strip(path, true.cpu().numpy(), drawn.cpu().numpy())

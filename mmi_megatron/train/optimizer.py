@@ -36,14 +36,14 @@ log = logging.getLogger(__name__)
 
 
 def mark_image_parallel(module: nn.Module) -> None:
-    """Mark a replicated module whose images are divided over the tensor-parallel group.
+    """Mark a replicated module whose images are divided over tensor- and context-parallel ranks.
 
-    Its gradients are then summed over all tensor- and data-parallel ranks, and its optimizer state
-    is divided over them. Call it before ``wrap``, at every tensor-parallel size: the optimizer's
-    place in a checkpoint must not depend on the layout.
+    Its gradients are then summed over all these and the data-parallel ranks, and its optimizer state
+    is divided over them. It is called by ``wrap_stages`` at every layout: the optimizer's place in a
+    checkpoint must not depend on it.
     """
     for parameter in module.parameters():
-        # Megatron's way to say "expert": reduced by the expert groups, here TP x DP.
+        # Megatron's way to say "expert": reduced by the expert groups, here TP x CP x DP.
         parameter.allreduce = False  # type: ignore[attr-defined]
         # Each rank's shard of the reduced gradient counts once in the norm.
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def wrap(model: nn.Module, config: Config) -> DistributedDataParallel:
 
 
 def wrap_stages(stages: Sequence[nn.Module], config: Config) -> list[DistributedDataParallel]:
-    """``wrap`` for the pipeline stages of a rank."""
+    """``wrap`` for the pipeline stages of a rank. Their ``image_parts`` are marked where they are divided."""
     trained = [any(parameter.requires_grad for parameter in stage.parameters()) for stage in stages]
     anything = torch.tensor(float(any(trained)), device=device())
     dist.all_reduce(anything, op=dist.ReduceOp.MAX)
@@ -79,10 +79,14 @@ def wrap_stages(stages: Sequence[nn.Module], config: Config) -> list[Distributed
         raise ConfigError("nothing to train: every part of the model is frozen")
     wrapped: list[DistributedDataParallel] = []
     for stage in stages:
-        transformer: Any = stage.config
+        model: Any = stage
+        transformer = model.config
         if not transformer.calculate_per_token_loss:
             raise ValueError("the model's Megatron configuration needs calculate_per_token_loss=True")
         _mark_divided(stage)
+        if config.parallel.shard_images:
+            for part in model.image_parts():
+                mark_image_parallel(part)
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             # The distributed optimizer also at one replica: its checkpoints and those of the plain one

@@ -64,14 +64,11 @@ def rewrite(config: Config, out: Path, resume: bool, stop_after: int | None) -> 
     from mmi_megatron.parallel import groups
     from mmi_megatron.parallel.model import build_stages
     from mmi_megatron.train import checkpoint
-    from mmi_megatron.train.optimizer import build_optimizer, mark_image_parallel, wrap_stages
+    from mmi_megatron.train.optimizer import build_optimizer, wrap_stages
 
     groups.initialize(config)
     try:
         stages = build_stages(config, load_tokenizer(config.data.tokenizer).special)
-        if config.parallel.shard_images:
-            for part in [part for stage in stages for part in stage.image_parts()]:
-                mark_image_parallel(part)
         wrapped = wrap_stages(stages, config)
         optimizer, scheduler = build_optimizer(wrapped, config)
         extra = checkpoint.load(wrapped, optimizer, scheduler, os.environ[SOURCE])
