@@ -199,7 +199,11 @@ def test_recomputation_changes_no_bit(reference):
 @pytest.mark.parametrize("way", ["selective", "full"])
 @pytest.mark.parametrize(
     "layout",
-    [Layout("TP2 + SP", tensor=2, sequence=True), Layout("PP2 interleaved", pipeline=2, virtual=2)],
+    [
+        Layout("TP2 + SP", tensor=2, sequence=True),
+        Layout("PP2 interleaved", pipeline=2, virtual=2),
+        Layout("CP2", context=2),
+    ],
     ids=lambda x: x.name,
 )
 def test_recomputation_of_every_part_changes_no_bit(reference, layout, way, part):
@@ -250,5 +254,7 @@ def test_checkpoints_go_from_any_layout_to_any(story, tmp_path, frozen):
         Layout("DP2", data=2),
         Layout("DP2 without a distributed optimizer", data=2, copies=2),
         Layout("PP2 interleaved", pipeline=2, virtual=2),
+        Layout("CP2", context=2),
+        Layout("TP2 x CP2 + SP", tensor=2, context=2, sequence=True),
     ]
     check_checkpoints(story, tmp_path, others, frozen, after=STEPS)

@@ -143,10 +143,11 @@ def test_mmfs_divided_either_way_is_the_plain_one(ranks, kind, divide):
 
 
 @pytest.mark.soak
-def test_queries_in_place_train_the_same_model(ranks, story):
-    plain = plain_gradients(config_of(SEQUENCE, story), story[0])
+@pytest.mark.parametrize("layout", [SEQUENCE, CONTEXT], ids=lambda x: x.name)
+def test_queries_in_place_train_the_same_model(ranks, story, layout):
+    plain = plain_gradients(config_of(layout, story), story[0])
     by_heads, by_queries = (
-        ranks.run(2, run, config_of(SEQUENCE, story, mmfs=divide), story[0])
+        ranks.run(layout.ranks, run, config_of(layout, story, mmfs=divide), story[0])
         for divide in ("heads", "queries")
     )
     assert_same_run(by_queries, by_heads[0].record, plain)
@@ -195,7 +196,12 @@ def test_the_visual_tokenizer_ahead_changes_no_bit(ranks, story):
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "layout",
-    [BOTH, Layout("PP4", pipeline=4), Layout("PP2 x DP2", pipeline=2, data=2)],
+    [
+        BOTH,
+        Layout("PP4", pipeline=4),
+        Layout("PP2 x DP2", pipeline=2, data=2),
+        Layout("CP2 x PP2", context=2, pipeline=2),
+    ],
     ids=lambda x: x.name,
 )
 def test_the_visual_tokenizer_ahead_of_every_pipeline_changes_no_bit(ranks, story, layout):

@@ -1,7 +1,9 @@
-"""The whole loop over a pipeline: validation, samples, the average of the decoder's weights, bf16."""
+"""The whole loop over a pipeline and over divided rows: validation, samples, the average of the decoder's
+weights, bf16."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +60,28 @@ def picture(out: Path) -> np.ndarray:
     return np.asarray(Image.open(out / "samples" / f"step_{STEPS:07d}.png")).astype(int)
 
 
-def test_a_pipeline_validates_averages_and_draws_as_one_process(ranks, stories, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    ranks.run(1, run, stories, one, {}, "fp32")
-    ranks.run(2, run, stories, two, {"pipeline": 2}, "fp32")
+def steps(out: Path) -> list[tuple[float, ...]]:
+    names = ("next_token_loss", "next_image_loss", "grad_norm", "tokens", "images", "data_checksum")
+    return [tuple(r[name] for name in names) for r in metrics.read(out) if r["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def one(ranks, stories, tmp_path_factory) -> Path:
+    """The run of a single process."""
+    out = tmp_path_factory.mktemp("one")
+    ranks.run(1, run, stories, out, {}, "fp32")
+    return out
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"pipeline": 2}, {"tensor": 2, "sequence": True, "context": 2}],
+    ids=lambda layout: " ".join(map(str, layout)),
+)
+def test_a_run_validates_averages_and_draws_as_one_process(ranks, stories, one, tmp_path, layout):
+    two = tmp_path / "two"
+    ranks.run(math.prod(layout.values()), run, stories, two, layout, "fp32")
+    torch.testing.assert_close(torch.tensor(steps(two)), torch.tensor(steps(one)), atol=0, rtol=1e-5)
     torch.testing.assert_close(
         torch.tensor(validations(two)), torch.tensor(validations(one)), atol=0, rtol=1e-5
     )
@@ -77,6 +97,7 @@ def test_a_pipeline_validates_averages_and_draws_as_one_process(ranks, stories, 
         {"pipeline": 2, "vision_ahead": True},
         {"pipeline": 2, "virtual": 2, "overlap": False},
         {"tensor": 2, "sequence": True, "mmfs": "queries"},
+        {"context": 2},
     ],
     ids=lambda layout: " ".join(map(str, layout)),
 )
