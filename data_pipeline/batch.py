@@ -35,10 +35,10 @@ class Batch:
         cu_seqlens: int32 [D + 1], offsets of the documents into the stream; last is T.
         source: int32 [D], index of the source each document comes from, ``PADDING`` for padding.
         sample_ids: int64 [D], identity of each document in its corpus, ``PADDING`` for padding.
-        images: uint8 [I, 3, h, w], RGB, in the order of their BoI tokens.
+        images: uint8 [I, h, w, 3], RGB, in the order of their BoI tokens; as decoders write them.
         image_ids: int64 [I], identity of each image; with the seed and the step it keys all
             randomness, so that no number depends on where an image is processed.
-        drawn: uint8 [J, 3, H, W], RGB, the images that carry image loss, at output resolution.
+        drawn: uint8 [J, H, W, 3], RGB, the images that carry image loss, at output resolution.
         drawn_index: int32 [J], ascending, which input image each drawn one is.
     """
 

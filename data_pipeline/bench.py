@@ -122,7 +122,7 @@ def packing(folder: Path, windows: int) -> Rate:
 
 def decoding(blobs: list[bytes], decoder: str, repeat: int) -> Rate:
     """The pipeline's decoder with all its checks."""
-    one, out = Decoder(decoder, 1 << 30), np.empty((3, SIZE, SIZE), np.uint8)
+    one, out = Decoder(decoder, 1 << 30), np.empty((SIZE, SIZE, 3), np.uint8)
     one.squares(blobs[0], [out])
     started = time.thread_time(), time.perf_counter()
     for _ in range(repeat):

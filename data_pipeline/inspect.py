@@ -210,7 +210,7 @@ def _document(stream: Stream, batch: Batch, number: int, keys: dict[int, str]) -
 
 def _image(batch: Batch, number: int) -> str:
     file = io.BytesIO()
-    Image.fromarray(batch.images[number].transpose(1, 2, 0)).save(file, "PNG")
+    Image.fromarray(batch.images[number]).save(file, "PNG")
     shade = ' class="drawn"' if number in batch.drawn_index else ""
     return (
         f'<img{shade} alt="image" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'

@@ -216,10 +216,10 @@ class Producer:
         """Decode the images of the slots that are good; those of a slot with a bad one are left out."""
         size, drawn_size = self.settings.image_size, self.settings.drawn_size
         loss = image_loss.tolist()
-        images = self.empty((len(loss), 3, size, size), np.uint8)
-        drawn = self.empty((sum(loss), 3, drawn_size, drawn_size), np.uint8)
+        images = self.empty((len(loss), size, size, 3), np.uint8)
+        drawn = self.empty((sum(loss), drawn_size, drawn_size, 3), np.uint8)
         words = pixel_words(images), pixel_words(drawn)
-        sums = np.zeros((len(images), 3), np.uint64), np.zeros((len(drawn), 3), np.uint64)
+        sums = [np.zeros((len(each), each.shape[-1]), np.uint64) for each in words]
         ids: list[int] = []
         large = at = 0
         for slot in slots:
@@ -233,9 +233,9 @@ class Producer:
                     out = [images[small + number]] + ([drawn[filled]] if draw else [])
                     self.decoder.squares(_read(blob, files), out, self._view(slot, number))
                     # As ``pixel_sums``, while they are in the CPU's cache.
-                    np.add.reduce(words[0][small + number], -1, np.uint64, sums[0][small + number])
+                    np.add.reduce(words[0][small + number], 0, np.uint64, sums[0][small + number])
                     if draw:
-                        np.add.reduce(words[1][filled], -1, np.uint64, sums[1][filled])
+                        np.add.reduce(words[1][filled], 0, np.uint64, sums[1][filled])
                     filled += draw
             except BadSample as failure:
                 slot.failure = failure

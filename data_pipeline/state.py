@@ -95,7 +95,7 @@ def row_checksums(batch: Batch, boi: int, sums: tuple[np.ndarray, np.ndarray] | 
     """A checksum of what each row of a batch holds, whatever other rows it comes with.
 
     CRC-32 over tokens, labels, the place, source and id of each document, and each image's id and
-    pixels. The pixels go in as one 64-bit sum a channel, which costs a tenth of their CRC and still
+    pixels. The pixels go in as 64-bit sums of their columns, which costs a tenth of their CRC and still
     changes with any of them.
 
     Args:
@@ -139,19 +139,19 @@ def step_checksum(rows: Sequence[int] | np.ndarray) -> int:
 
 
 def pixel_sums(images: np.ndarray) -> np.ndarray:
-    """Sums of each channel's pixels as 64-bit words (as bytes where they do not come out even).
+    """Sums over the rows of each image, as 64-bit words (as bytes where a row does not come out even).
 
     Args:
-        images: uint8 [..., h, w].
+        images: uint8 [n, h, w, 3].
 
     Returns:
-        uint64 [...].
+        uint64 [n, words of a row].
     """
-    return np.add.reduce(pixel_words(images), -1, np.uint64)
+    return np.add.reduce(pixel_words(images), 1, np.uint64)
 
 
 def pixel_words(images: np.ndarray) -> np.ndarray:
-    """What ``pixel_sums`` adds up, without a copy where possible: [..., words]."""
-    *leading, height, width = images.shape
-    flat = images.reshape(*leading, height * width)
-    return flat.view(np.uint64) if height * width % 8 == 0 and flat.flags.c_contiguous else flat
+    """What ``pixel_sums`` adds up, without a copy where possible: [n, h, words of a row]."""
+    count, height, width, channels = images.shape
+    flat = images.reshape(count, height, width * channels)
+    return flat.view(np.uint64) if width * channels % 8 == 0 and flat.flags.c_contiguous else flat

@@ -91,7 +91,7 @@ class Produced:
 
     def without_pixels(self) -> Produced:
         """The same, images and drawn images left out."""
-        nothing = np.empty((0, 3, 0, 0), np.uint8)
+        nothing = np.empty((0, 0, 0, 3), np.uint8)
         return replace(self, batch=replace(self.batch, images=nothing, drawn=nothing))
 
     def with_pixels(self, images: np.ndarray, drawn: np.ndarray) -> Produced:

@@ -102,7 +102,7 @@ def random_batch(seed: int, rows: int = 2, length: int = 64, image: int = 16, do
         row_starts.append(len(tokens))
     stream = np.array(tokens, np.int32)
     described = describe_stream(stream, np.array(row_starts), SPECIAL)
-    images = random.integers(0, 256, (len(described.image_boi), 3, image, image), dtype=np.uint8)
+    images = random.integers(0, 256, (len(described.image_boi), image, image, 3), dtype=np.uint8)
     drawn = np.flatnonzero(described.image_loss).astype(np.int32)
     batch = Batch(
         tokens=stream,
@@ -113,7 +113,7 @@ def random_batch(seed: int, rows: int = 2, length: int = 64, image: int = 16, do
         sample_ids=np.arange(len(source), dtype=np.int64),
         images=images,
         image_ids=random.integers(0, 2**40, len(images)),
-        drawn=random.integers(0, 256, (len(drawn), 3, image, image), dtype=np.uint8),
+        drawn=random.integers(0, 256, (len(drawn), image, image, 3), dtype=np.uint8),
         drawn_index=drawn,
     )
     batch.validate()

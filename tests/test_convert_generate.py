@@ -90,7 +90,7 @@ def test_the_next_token_is_that_of_the_release(release):
     prompt = Document("x", ["w5 w6", to_png(picture()), "w7 w90 w8"], {})
     reading = Reader(run).start(prompt)
     assert reading.tokens == [BOS, 5, 6, BOI, *[IMAGE] * 6, 7, 90, 8]
-    pixels = torch.from_numpy(crop(Image.fromarray(picture()), 224)).float() / 255
+    pixels = torch.from_numpy(crop(Image.fromarray(picture()), 224)).permute(2, 0, 1).float() / 255
     wanted, blank = next_token(state, reading.tokens, torch.stack([pixels, torch.zeros_like(pixels)]))
     chosen = reading.logits > -torch.inf
     assert (~chosen).nonzero()[:, 0].tolist() == [BOS, PAD, IMAGE]

@@ -53,7 +53,7 @@ def test_a_checksum_changes_with_a_pixel_a_token_and_an_id(mixed):
         after = row_checksums(replace(batch, **{name: array}), boi)
         assert (after != before).sum() >= 1, name
         assert (after[1:] == before[1:]).sum() >= 2, name
-    turned = replace(batch, images=batch.images[:, ::-1].copy())
+    turned = replace(batch, images=batch.images[..., ::-1].copy())
     assert (row_checksums(turned, boi) != before).any()
 
 

@@ -73,8 +73,8 @@ def test_batches_fit_the_contract(mixed):
         for batch in stream.next().batches(0, 1, 4, 2):
             batch.validate()
             assert batch.row_starts.tolist() == [0, 64, 128, 192, 256]
-            assert batch.images.shape[1:] == (3, 8, 8)
-            assert batch.drawn.shape[1:] == (3, 12, 12)
+            assert batch.images.shape[1:] == (8, 8, 3)
+            assert batch.drawn.shape[1:] == (12, 12, 3)
             assert len(batch.images) == (batch.tokens == special.boi).sum()
             assert (batch.tokens == special.image).sum() == 4 * len(batch.images)
             starts = batch.cu_seqlens[:-1]
@@ -120,7 +120,7 @@ def test_text_and_pictures_of_a_document_arrive_unchanged(mixed):
             assert stream.tokenizer.decode(tokens) == text
             for number, blob in enumerate(original.images):
                 assert batch.image_ids[image] == int(sample) << IMAGE_ID_BITS | number
-                value = int(batch.images[image, 0, 4, 4]) + 256 * int(batch.images[image, 1, 4, 4])
+                value = int(batch.images[image, 4, 4, 0]) + 256 * int(batch.images[image, 4, 4, 1])
                 assert blob == picture(value)
                 image += 1
         assert image == len(batch.images)

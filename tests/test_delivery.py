@@ -86,8 +86,8 @@ def test_every_rank_is_given_its_part_and_one_of_a_replica_asks(config, ranks, t
                 full = reference["image_ids"].shape[0]
                 assert len(batch["images"]) == full
                 assert len(batch["drawn"]) == len(reference["drawn_index"])
-                assert batch["images"].shape[2:] == ((16, 16) if rank["pp"] == 0 else (0, 0))
-                assert batch["drawn"].shape[2:] == ((16, 16) if rank["pp"] == pipeline - 1 else (0, 0))
+                assert batch["images"].shape[1:3] == ((16, 16) if rank["pp"] == 0 else (0, 0))
+                assert batch["drawn"].shape[1:3] == ((16, 16) if rank["pp"] == pipeline - 1 else (0, 0))
                 if rank["pp"] == 0:
                     assert np.array_equal(batch["images"], reference["images"])
         assert all(

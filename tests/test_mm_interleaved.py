@@ -162,7 +162,7 @@ def test_every_switch_changes_the_losses_and_trains(name):
     for path, value in ABLATIONS[name].items():
         set_path(config, path, value)
     if name == "other resolution":
-        batch = replace(batch, images=batch.images.repeat(2, 2).repeat(2, 3)[:, :, :24, :24].copy())
+        batch = replace(batch, images=batch.images.repeat(2, 1).repeat(2, 2)[:, :24, :24].copy())
     model = build(config)
     after = losses_of(model, batch)
     assert torch.isfinite(after.tokens).all() and torch.isfinite(after.images).all()

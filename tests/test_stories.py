@@ -89,7 +89,7 @@ def test_only_what_is_named_is_swapped(run, stream, monkeypatch):
         states = swapped[1][row][swapped[2][row]]
         assert torch.equal(states, context[partner][mask[partner]])
         assert states.shape != context[row][mask[row]].shape or (states != context[row][mask[row]]).any()
-    plain, replaced, again = (images.numpy() for images in encoded)
+    plain, replaced, again = (images.permute(0, 2, 3, 1).numpy() for images in encoded)
     assert np.array_equal(plain, batch.images) and np.array_equal(again, batch.images)
     assert np.array_equal(replaced, batch.images[swap.partner])
 

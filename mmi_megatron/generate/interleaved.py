@@ -18,7 +18,7 @@ from mmi_megatron.errors import ConfigError
 from mmi_megatron.generate.load import Run
 from mmi_megatron.generate.text import TextOptions, write
 from mmi_megatron.model.language_model import Beams, Cache, Visibility
-from mmi_megatron.model.mm_interleaved import describe
+from mmi_megatron.model.mm_interleaved import describe, planes
 from mmi_megatron.train.rng import keyed_seed
 
 ENDED = "the model ended it"
@@ -121,13 +121,13 @@ class Reader:
 
     @torch.no_grad()
     def read(self, reading: Reading, tokens: list[int], pictures: np.ndarray | None = None) -> Reading:
-        """Read on; ``pictures`` uint8 [n, 3, h, w] are those of the placeholders among the tokens.
+        """Read on; ``pictures`` uint8 [n, h, w, 3] are those of the placeholders among the tokens.
         ``reading`` stays as it is."""
         model, every = self.model, reading.tokens + tokens
         ids = torch.tensor(tokens, device=self.run.device)
         embeddings, maps = model.language_model.embed(ids), reading.maps
         if pictures is not None:
-            visual, new = model.encode(torch.from_numpy(pictures).to(self.run.device))
+            visual, new = model.encode(planes(torch.from_numpy(pictures).to(self.run.device)))
             places = (ids == self.special.image).nonzero()[:, 0]
             embeddings = embeddings.index_copy(0, places, visual.flatten(0, 1).to(embeddings.dtype))
             maps = torch.cat([maps, new])

@@ -50,6 +50,11 @@ class Inputs:
     out_of_reach: int = 0
 
 
+def planes(pixels: Tensor) -> Tensor:
+    """Pixels [n, h, w, 3] as batches hold them to [n, 3, h, w]."""
+    return pixels.permute(0, 3, 1, 2).contiguous()
+
+
 def prepare(batch: Batch, special: SpecialTokens, config: ModelConfig, device: torch.device) -> Inputs:
     """Describe a batch to the model.
 
@@ -88,8 +93,8 @@ def prepare(batch: Batch, special: SpecialTokens, config: ModelConfig, device: t
             visible=torch.from_numpy(visible.astype(np.int32)).to(device),
         ),
         placeholders=torch.from_numpy(placeholders).to(device),
-        images=torch.from_numpy(batch.images).to(device),
-        drawn=torch.from_numpy(batch.drawn).to(device),
+        images=planes(torch.from_numpy(batch.images).to(device)),
+        drawn=planes(torch.from_numpy(batch.drawn).to(device)),
         drawn_ids=batch.image_ids[drawn].tolist(),
         contexts=list(zip(starts[drawn].tolist(), bois[drawn].tolist(), strict=True)),
         references=torch.from_numpy(references[drawn].astype(np.int32)),

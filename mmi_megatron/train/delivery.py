@@ -26,7 +26,7 @@ from data_pipeline.feed import Division, Feed, Share, open_feed
 from data_pipeline.quarantine import Failure, LedgerFile
 from data_pipeline.rows import SpecialTokens
 from mmi_megatron.config import Config, ModelConfig
-from mmi_megatron.model.mm_interleaved import Inputs, prepare
+from mmi_megatron.model.mm_interleaved import Inputs, planes, prepare
 from mmi_megatron.platform import Upload, device, has_gpu
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Delivered:
 
     Attributes:
         batches: the micro-batches; their pixels are in ``pixels``, here these have no size.
-        pixels: of each, uint8 [I, 3, h, w] and [J, 3, H, W] on the device; no size where they are not
+        pixels: of each, uint8 [I, h, w, 3] and [J, H, W, 3] on the device; no size where they are not
             this stage's.
         note: what the asking rank says with them, as JSON values.
     """
@@ -54,7 +54,7 @@ class Delivered:
     def inputs(self, special: SpecialTokens, config: ModelConfig) -> list[Inputs]:
         """The micro-batches as the model takes them."""
         return [
-            replace(prepare(batch, special, config, device()), images=images, drawn=drawn)
+            replace(prepare(batch, special, config, device()), images=planes(images), drawn=planes(drawn))
             for batch, (images, drawn) in zip(self.batches, self.pixels, strict=True)
         ]
 
@@ -269,7 +269,7 @@ def receive(place: Place) -> Delivered:
         arrays = {}
         for name, (dtype, shape) in given.items():
             if name in PIXELS:
-                arrays[name] = np.empty((shape[0], 3, 0, 0), np.uint8)
+                arrays[name] = np.empty((shape[0], 0, 0, 3), np.uint8)
                 continue
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             arrays[name] = body[at : at + size].view(dtype).reshape(shape).copy()
@@ -283,7 +283,7 @@ def receive(place: Place) -> Delivered:
 def _deliver_images(place: Place, images: Tensor) -> Tensor:
     """Input images to all ranks of the first stage; without size elsewhere."""
     if not place.first:
-        return images.new_empty(len(images), 3, 0, 0)
+        return images.new_empty(len(images), 0, 0, 3)
     return place.to_peers(images)
 
 
@@ -294,7 +294,7 @@ def _deliver_drawn(place: Place, drawn: Tensor) -> Tensor:
             dist.send(drawn, group=place.stages, group_dst=place.stages.size() - 1)
         if place.last:
             dist.recv(drawn, group=place.stages, group_src=0)
-    return place.to_peers(drawn) if place.last else drawn.new_empty(len(drawn), 3, 0, 0)
+    return place.to_peers(drawn) if place.last else drawn.new_empty(len(drawn), 0, 0, 3)
 
 
 def _nothing(shape: Sequence[int]) -> Tensor:
@@ -302,5 +302,5 @@ def _nothing(shape: Sequence[int]) -> Tensor:
 
 
 def _without_pixels(batch: Batch) -> Batch:
-    images, drawn = (np.empty((len(getattr(batch, name)), 3, 0, 0), np.uint8) for name in PIXELS)
+    images, drawn = (np.empty((len(getattr(batch, name)), 0, 0, 3), np.uint8) for name in PIXELS)
     return replace(batch, images=images, drawn=drawn)

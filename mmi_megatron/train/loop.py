@@ -259,7 +259,7 @@ class Trainer:
         first = self.layout.speaks and self.layout.dp_rank == 0
         if drawn is not None and first and len(true):
             path = self.out / "samples" / f"step_{self.step:07d}.png"
-            save_strip(path, true.cpu().numpy(), drawn.cpu().numpy())
+            save_strip(path, true.cpu().numpy(), drawn.permute(0, 2, 3, 1).cpu().numpy())
 
     def save(self) -> None:
         """Begin to write a checkpoint of this step, unless there is one."""

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def save_strip(path: Path, true: np.ndarray, drawn: np.ndarray) -> None:
-    """Write true images above drawn ones; uint8 [J, 3, H, W] each, at most 16 of them."""
-    rows = [np.concatenate(list(images[:16]), axis=-1) for images in (true, drawn)]
+    """Write true images above drawn ones; uint8 [J, H, W, 3] each, at most 16 of them."""
+    rows = [np.concatenate(list(images[:16]), axis=1) for images in (true, drawn)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows, axis=-2).transpose(1, 2, 0)).save(path)
+    Image.fromarray(np.concatenate(rows)).save(path)
