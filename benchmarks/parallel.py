@@ -96,6 +96,7 @@ class Comparison:
 
 SINGLE, TENSOR = ["parallel.tensor=1"], ["parallel.tensor=2"]
 SEQUENCE, PIPELINE = [*TENSOR, "parallel.sequence=true"], [*SINGLE, "parallel.pipeline=2"]
+CONTEXT = "parallel.context=2"
 WHOLE, BY_QUERIES, AHEAD = (
     "parallel.shard_images=false",
     "parallel.mmfs=queries",
@@ -118,6 +119,9 @@ COUNTED = [
     ("paper / 10", 2, Way("PP2", PIPELINE)),
     ("paper / 10", 2, Way("DP2, distributed optimizer", SINGLE)),
     ("paper / 10", 4, Way("TP2 x PP2 + SP", [*SEQUENCE, "parallel.pipeline=2"])),
+    ("paper / 10", 2, Way("CP2", [*SINGLE, CONTEXT])),
+    ("paper / 10", 4, Way("TP2 x CP2 + SP", [*SEQUENCE, CONTEXT])),
+    ("paper / 10", 4, Way("CP2 x PP2", [*PIPELINE, CONTEXT])),
     ("quickstart", 2, Way("TP2", TENSOR)),
 ]
 """Whose bytes are counted: model, ranks and way."""
