@@ -57,6 +57,7 @@ AT_LEAST = {
     "train.micro_rows": 1,
     "train.threads": 0,
     "train.timeout": 1,
+    "train.setup_timeout": 1,
     "train.log_every": 1,
     "train.validate_every": 0,
     "train.validate_documents": 0,

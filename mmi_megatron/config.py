@@ -340,6 +340,8 @@ class TrainConfig:
         precision: ``fp32`` or ``bf16`` (fp32 main gradients and states).
         threads: CPU threads a rank when no GPU is there; 0 divides the cores among the ranks.
         timeout: seconds without progress of a rank, or in a collective, after which the job ends.
+        setup_timeout: seconds that a phase of set-up may take on any rank (starting and importing,
+            opening the corpus, reading weights, ...), after which the job ends.
         save_every: steps between checkpoints, 0 for one at the end.
         keep: checkpoints that stay, the newest; and, with ``keep_every``, those of steps that divide
             by it.
@@ -356,6 +358,7 @@ class TrainConfig:
     precision: str = "bf16"
     threads: int = 0
     timeout: int = 600
+    setup_timeout: int = 1800
     log_every: int = 1
     validate_every: int = 500
     validate_documents: int = 64

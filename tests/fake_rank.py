@@ -40,6 +40,8 @@ def act(config, out: Path, resume: bool, stop_after: int | None) -> int | None:
         collective(rank, what)
     elif what in ("stuck", "frozen"):
         stuck(rank, out, what, config.train.timeout)
+    elif what in ("behind", "absent"):
+        set_up(config, out, rank, what)
     elif what == "saves":
         with StopSignals() as signals:
             (out / f"ready_{rank}").touch()
@@ -58,13 +60,26 @@ def stuck(rank: int, out: Path, what: str, timeout: int) -> None:
     limit = timedelta(seconds=timeout if what == "frozen" else 120)
     dist.init_process_group("gloo", timeout=limit)
     pulse = Pulse(out / "logs", rank)
-    Watchdog(pulse, timeout)
+    Watchdog(pulse, timeout, timeout)
     for step in range(3):
         pulse.beat(step, "language model forward")
         dist.all_reduce(torch.ones(10))
     if rank == 1:
         wait_for_nobody(what)
     dist.all_reduce(torch.ones(10))
+
+
+def set_up(config, out: Path, rank: int, what: str) -> None:
+    """Two phases of set-up; rank 0 alone comes through the first, or rank 1 does not even begin."""
+    if what == "absent" and rank == 1:
+        wait_for_nobody("frozen")
+    with worker.watched(config, out, rank) as setup:
+        setup.phase("joining the process groups")
+        setup.phase("opening the corpus")
+        if what == "behind" and rank > 0:
+            wait_for_nobody(what)
+        setup.phase("building the model")
+        time.sleep(120)
 
 
 def wait_for_nobody(what: str) -> None:

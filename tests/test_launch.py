@@ -131,6 +131,30 @@ def test_a_rank_that_cannot_even_say_so_is_named(start, tmp_path, capfd):
     assert not alive(tmp_path)
 
 
+def test_all_ranks_that_hang_in_set_up_are_named_with_phase_and_stack(start, tmp_path, capfd):
+    overrides = ["train.setup_timeout=8", "parallel.tensor=1", "train.rows=12"]
+    code, said, took = start(capfd, "behind", overrides, ranks=3)
+    assert code == pulse.HUNG and took < 60
+    assert "Training ended: ranks 1 and 2 hung." in said.err and said.err.count("Training ended") == 1
+    for rank in (1, 2):
+        _, about = said.err.split(f"  rank {rank}:\n")
+        assert about.lstrip().startswith("last said: hung at set-up, opening the corpus: no progress for")
+        assert "in wait_for_nobody" in about and str(pulse.stacks_path(tmp_path / "logs", rank)) in about
+    assert "rank 0" not in said.err and not alive(tmp_path)
+    # Where no launcher reads what it wrote down, it has said so itself.
+    log = faults.log_path(tmp_path / "logs", 2).read_text()
+    assert "rank 2 hung at set-up, opening the corpus" in log and "in wait_for_nobody" in log
+
+
+def test_a_rank_that_never_starts_is_named(start, tmp_path, capfd):
+    code, said, took = start(capfd, "absent", ["train.setup_timeout=8"])
+    assert code == pulse.HUNG and took < 60
+    assert "Training ended: rank 1 hung." in said.err and "hung at set-up, starting: no progress" in said.err
+    log = faults.log_path(tmp_path / "logs", 0).read_text()  # what a job without our launcher shows
+    assert "rank 1 of 2 did not finish importing within 8 s (train.setup_timeout)" in log
+    assert "rank 1 has given no sign of life" in log and not alive(tmp_path)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_passed_on_and_ranks_save_and_stop(tmp_path, number):
     process = subprocess.Popen(
@@ -206,10 +230,10 @@ def test_the_last_line_of_a_log_is_of_this_run_and_no_warning(tmp_path):
     log = faults.log_path(tmp_path, 0)
     log.write_text("old\n")
     start = log.stat().st_size
-    assert faults.first_failure(tmp_path, {0: -9}, {0: start}).error == "nothing"
+    assert faults.failures(tmp_path, {0: -9}, {0: start})[0].error == "nothing"
     with log.open("a") as file:
         file.write("useful\n/lib/a.py:3: UserWarning: some\n  warnings.warn(\n\n")
-    assert faults.first_failure(tmp_path, {0: -9}, {0: start}).error == "useful"
+    assert faults.failures(tmp_path, {0: -9}, {0: start})[0].error == "useful"
 
 
 def test_signals_are_named():

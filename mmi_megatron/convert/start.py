@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ FREE = {
 """Settings, by the end of their name, that the weights of a model do not hang on."""
 
 
-def load_start(chunks: Sequence[nn.Module], config: Config, out: Path) -> None:
+def load_start(
+    chunks: Sequence[nn.Module], config: Config, out: Path, waiting: Callable[[], object] = lambda: None
+) -> None:
     """Fill this rank's pieces of the model from ``train.init_from`` (collective).
 
     Of every tensor a rank reads its own slice alone. What no checkpoint holds keeps its start value;
@@ -55,6 +57,7 @@ def load_start(chunks: Sequence[nn.Module], config: Config, out: Path) -> None:
         chunks: the model, not wrapped yet; its pieces where pipeline stages interleave.
         config: of the run.
         out: its folder.
+        waiting: called again and again while this rank reads.
 
     Raises:
         ConfigError: when two of them hold the same tensor, or one is of another model.
@@ -76,7 +79,7 @@ def load_start(chunks: Sequence[nn.Module], config: Config, out: Path) -> None:
             )
         origin |= dict.fromkeys(held & ours, folder.address)
         unused[folder.address] = sorted(held - ours)
-        _fill(chunks, sharded, folder, held)
+        _fill(chunks, sharded, folder, held, waiting)
     if dist.get_rank() == 0:
         _record(out, origin, sorted(ours - origin.keys()), unused)
 
@@ -129,12 +132,20 @@ def _tensors(sharded: dict) -> dict[str, Any]:
     return {name: value for name, value in sharded.items() if not isinstance(value, ShardedObject)}
 
 
-def _fill(chunks: Sequence[nn.Module], sharded: list[dict], folder: Folder, held: set[str]) -> None:
+def _fill(
+    chunks: Sequence[nn.Module],
+    sharded: list[dict],
+    folder: Folder,
+    held: set[str],
+    waiting: Callable[[], object] = lambda: None,
+) -> None:
     wanted = {
         str(number): {name: tensor for name, tensor in _tensors(part).items() if tensor.key in held}
         for number, part in enumerate(sharded)
     }
-    state = fill(folder, {"model": wanted}).get("model", {})  # nothing for a stage without such parts
+    state = fill(folder, {"model": wanted}, waiting).get(
+        "model", {}
+    )  # nothing for a stage without such parts
     for number, chunk in enumerate(chunks):
         result = chunk.load_state_dict(state.get(str(number), {}), strict=False)
         if result.unexpected_keys:

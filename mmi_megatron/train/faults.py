@@ -44,6 +44,12 @@ class Failure:
         hint = "; often the machine was out of memory" if number == signal.SIGKILL else ""
         return f"was killed by signal {number} ({name}{hint})"
 
+    @property
+    def may_follow(self) -> bool:
+        """Whether ranks that hang may be its cause: it hung or waited for others itself, or was ended as NCCL
+        ends a rank whose collective takes too long."""
+        return bool(self.stack) or self.waits or self.exit_code == -signal.SIGABRT
+
 
 def log_path(folder: Path, rank: int) -> Path:
     """Log of a rank: everything it prints, but for rank 0 its errors and warnings alone."""
@@ -54,11 +60,12 @@ def _record_path(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.error.json"
 
 
-def record(folder: Path, rank: int, error: BaseException) -> None:
-    """Write down, on the rank itself, the error that ends it."""
+def record(folder: Path, rank: int, error: BaseException, waits: bool = False) -> None:
+    """Write down, on the rank itself, the error that ends it, and whether it came while the rank waited
+    for others."""
     lines = str(error).strip().splitlines() or [""]
     text = f"{type(error).__name__}: {lines[0]}"
-    _write(folder, rank, {"error": text})
+    _write(folder, rank, {"error": text} | ({"waits": True} if waits else {}))
 
 
 def record_hang(folder: Path, rank: int, error: str, stack: list[str], waits: bool) -> None:
@@ -86,8 +93,8 @@ def clear(folder: Path, rank: int) -> None:
     _record_path(folder, rank).unlink(missing_ok=True)
 
 
-def first_failure(folder: Path, exit_codes: dict[int, int], logs_start: dict[int, int]) -> Failure:
-    """The cause, among ranks that failed at nearly the same time.
+def failures(folder: Path, exit_codes: dict[int, int], logs_start: dict[int, int]) -> list[Failure]:
+    """What ended ranks that failed at nearly the same time, the likely cause first.
 
     Args:
         folder: of logs and records.
@@ -95,9 +102,8 @@ def first_failure(folder: Path, exit_codes: dict[int, int], logs_start: dict[int
         logs_start: bytes of each rank's log before this run.
 
     Returns:
-        A rank that hung, waiting for nobody; else one that could not even write down its error
-        (killed, crashed) before one that could, and among these the earliest; one that only waited
-        comes last.
+        Ranks that hung, waiting for nobody; then those that could not even write down their error
+        (killed, crashed); then those that could, the earliest first; last those that only waited.
     """
     found = []
     for rank, exit_code in exit_codes.items():
@@ -111,7 +117,7 @@ def first_failure(folder: Path, exit_codes: dict[int, int], logs_start: dict[int
         except (FileNotFoundError, ValueError):  # killed before or while it wrote
             last = _last_line(log_path(folder, rank), logs_start.get(rank, 0))
             found.append((0, 0.0, Failure(rank, exit_code, last)))
-    return min(found, key=lambda entry: (entry[0], entry[1], entry[2].rank))[2]
+    return [failure for *_, failure in sorted(found, key=lambda entry: (*entry[:2], entry[2].rank))]
 
 
 def _last_line(path: Path, start: int) -> str:

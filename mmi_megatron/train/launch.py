@@ -33,14 +33,12 @@ SETTLE = 1.0
 SHOW_CURSOR = "\x1b[?25h"
 """For terminals: a progress bar hides the cursor, and a rank that is killed cannot bring it back."""
 
-STACK_LINES = 4
-"""Innermost lines of the stack of a rank that hung, in the message; its file has them all."""
-
 DUMP_TIME = 5.0
 """Seconds that ranks have to write their stacks when they are asked to."""
 
 GRACE = 20.0
-"""Seconds beyond ``train.timeout`` in which ranks that hang should have said so themselves."""
+"""Seconds beyond ``train.timeout`` or ``train.setup_timeout`` in which ranks that hang should have said so
+themselves."""
 
 
 def launch(
@@ -120,13 +118,14 @@ class _Job:
         from torch.distributed import TCPStore
 
         self.logs = logs
-        self.timeout = config.train.timeout
+        self.timeout, self.setup_timeout = config.train.timeout, config.train.setup_timeout
         self.checkpoints = config.train.checkpoints or logs.parent / "checkpoints"
         self.asked: list[int] = []
         # The ranks meet at a store of this process, on a port that the system gives out: nobody can
         # take it in between, and it outlives any rank.
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.starts: dict[int, int] = {}
+        self.began = time.time()
         self.processes: dict[int, subprocess.Popen] = {}
         common = {
             "WORLD_SIZE": str(ranks),
@@ -163,7 +162,7 @@ class _Job:
         previous = {number: signal.signal(number, self._forward) for number in SIGNALS}
         try:
             while any(process.poll() is None for process in self.processes.values()):
-                if self._failed() or self._all_still():
+                if self._failed() or self._some_cannot_say():
                     break
                 time.sleep(POLL)
             return self._over(again)
@@ -200,11 +199,15 @@ class _Job:
         for number in self.asked:
             if set(failed.values()) == {-number}:  # before the ranks could have anything to save
                 return 128 + number
-        cause = faults.first_failure(self.logs, failed, self.starts) if failed else self._stillest()
-        if not cause.stack or cause.waits:  # one that hangs may not have been able to say so
-            cause = self._hung() or cause
+        found = faults.failures(self.logs, failed, self.starts)
+        if not found or found[0].may_follow:  # those that hang may not have been able to say so
+            hung = [failure for failure in found if failure.stack and not failure.waits] + self._hung()
+            found = hung or found[:1] or [self._stillest()]
+        else:
+            del found[1:]
+        cause = found[0]
         self.end()
-        print(self._message(cause, again), file=sys.stderr, flush=True)
+        print(self._message(found, again), file=sys.stderr, flush=True)
         if cause.exit_code is None:
             return pulse.HUNG
         return cause.exit_code if cause.exit_code > 0 else 128 - cause.exit_code
@@ -214,39 +217,46 @@ class _Job:
         codes = {rank: process.poll() for rank, process in self.processes.items()}
         return {rank: code for rank, code in codes.items() if code and code != STOPPED}
 
-    def _still(self) -> dict[int, float]:
-        """Seconds since the last sign of life of every rank that runs and has ever given one."""
-        signs = {rank: pulse.read(self.logs, rank) for rank, p in self.processes.items() if p.poll() is None}
-        return {rank: time.time() - sign.time for rank, sign in signs.items() if sign is not None}
+    def _signs(self) -> dict[int, pulse.Sign]:
+        """Where every rank that runs was last; one that has given no sign of life yet is starting."""
+        starting = pulse.Sign(None, "starting", self.began)
+        running = [rank for rank, process in self.processes.items() if process.poll() is None]
+        return {rank: pulse.read(self.logs, rank) or starting for rank in running}
 
-    def _all_still(self) -> bool:
+    def _some_cannot_say(self) -> bool:
         """Whether a rank hangs so that it cannot even say so."""
-        return any(seconds > self.timeout + GRACE for seconds in self._still().values())
+        return any(
+            sign.age > GRACE + (self.setup_timeout if sign.step is None else self.timeout)
+            for sign in self._signs().values()
+        )
 
-    def _hung(self) -> faults.Failure | None:
-        """A rank that runs, has given no sign of life for long, and does not wait for another rank:
-        one whose stack says so, else one that does not even give its stack."""
-        still = [rank for rank, seconds in self._still().items() if seconds > self.timeout / 2]
-        for rank in still:
+    def _hung(self) -> list[faults.Failure]:
+        """The ranks that run, have given no sign of life for long, and do not wait for another rank: those
+        whose stack says so, then those that do not even give their stack."""
+        long = min(self.timeout, self.setup_timeout) / 2
+        still = {rank: sign for rank, sign in self._signs().items() if sign.age > long}
+        asked = [rank for rank in still if pulse.read(self.logs, rank) is not None]
+        for rank in asked:  # one that is starting cannot answer, the signal would end it
             self.processes[rank].send_signal(pulse.DUMP)
         deadline = time.monotonic() + DUMP_TIME
         stacks: dict[int, list[str]] = {}
-        while len(stacks) < len(still) and time.monotonic() < deadline:
+        while len(stacks) < len(asked) and time.monotonic() < deadline:
             time.sleep(POLL)
-            stacks = {rank: stack for rank in still if (stack := pulse.dumped(self.logs, rank))}
-        for rank in [*stacks, *(rank for rank in still if rank not in stacks)]:
-            stack, sign = stacks.get(rank, []), pulse.read(self.logs, rank)
-            if not any(pulse.waits_for_others(frame) for frame in stack[-3:]) and sign is not None:
-                error = f"hung at {sign}: no progress for {time.time() - sign.time:.0f} s"
-                return faults.Failure(rank, None, error, stack)
-        return None
+            stacks = {rank: stack for rank in asked if (stack := pulse.dumped(self.logs, rank))}
+        found = []
+        for rank, sign in still.items():
+            stack = stacks.get(rank, [])
+            if not any(pulse.waits_for_others(frame) for frame in stack[-3:]):
+                error = f"hung at {sign}: no progress for {sign.age:.0f} s"
+                found.append(faults.Failure(rank, None, error, stack))
+        return sorted(found, key=lambda failure: not failure.stack)
 
     def _stillest(self) -> faults.Failure:
         """Where no rank failed and all wait for each other: the one that has waited longest."""
-        still = self._still()
-        rank = max(still, key=lambda rank: still[rank])
-        sign, stack = pulse.read(self.logs, rank), pulse.dumped(self.logs, rank)
-        return faults.Failure(rank, None, f"waits for ever at {sign}, as all ranks do", stack, waits=True)
+        signs = self._signs()
+        rank = max(signs, key=lambda rank: signs[rank].age)
+        error, stack = f"waits for ever at {signs[rank]}, as all ranks do", pulse.dumped(self.logs, rank)
+        return faults.Failure(rank, None, error, stack, waits=True)
 
     def end(self) -> None:
         """End the ranks that still run. At once: what they wait for will not come."""
@@ -256,17 +266,22 @@ class _Job:
         for process in self.processes.values():
             process.wait()
 
-    def _message(self, cause: faults.Failure, again: str) -> str:
+    def _message(self, found: Sequence[faults.Failure], again: str) -> str:
+        """What ended the job, one rank or several that hung, and how to go on."""
+        cause, *others = found
         sign = pulse.read(self.logs, cause.rank)
-        where = f" at {sign}" if sign is not None and not cause.stack else ""
-        lines = [
-            f"\nTraining ended: rank {cause.rank} {cause.reason}{where}.",
-            f"  last said: {cause.error}",
-            *(f"  its stack: {frame}" for frame in cause.stack[-STACK_LINES:]),
-            f"  its log:   {faults.log_path(self.logs, cause.rank)}",
-        ]
-        if cause.stack:
-            lines.append(f"  all stacks: {pulse.stacks_path(self.logs, cause.rank)}")
+        where = f" at {sign}" if sign is not None and not cause.stack and not others else ""
+        who = pulse.ranks_in_words(sorted(failure.rank for failure in found))
+        lines = [f"\nTraining ended: {who} {cause.reason}{where}."]
+        for failure in found:
+            lines += [f"  rank {failure.rank}:"] if others else []
+            lines += [
+                f"  last said: {failure.error}",
+                *(f"  its stack: {frame}" for frame in failure.stack[-pulse.INNERMOST :]),
+                f"  its log:   {faults.log_path(self.logs, failure.rank)}",
+            ]
+            if failure.stack:
+                lines.append(f"  all stacks: {pulse.stacks_path(self.logs, failure.rank)}")
         return "\n".join([*lines, f"  {self._way_on(again)}"])
 
     def _way_on(self, again: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
@@ -37,6 +38,8 @@ from mmi_megatron.train.optimizer import (
     wrap_stages,
 )
 from mmi_megatron.train.pictures import save_strip
+from mmi_megatron.train.pulse import Pulse
+from mmi_megatron.train.setup import SetUp
 from mmi_megatron.train.signals import Stopped, StopSignals
 from mmi_megatron.train.watch import Watch
 
@@ -59,22 +62,27 @@ class Trainer:
         config: the run.
         layout: this rank's place.
         out: folder of the run: ``config.yaml``, ``metrics.jsonl``, ``checkpoints/``, ``samples/``.
+        setup: told of every phase.
         fresh: whether the weights start from ``train.init_from``; false for a run about to be resumed.
     """
 
-    def __init__(self, config: Config, layout: groups.Layout, out: Path, fresh: bool = True):
+    def __init__(self, config: Config, layout: groups.Layout, out: Path, setup: SetUp, fresh: bool = True):
         self.config, self.layout, self.out = config, layout, out
+        setup.phase("opening the corpus")
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         check_tokenizer(config, self.tokenizer.size)
         self.data = Delivery(config, layout.dp_rank, layout.dp_size, out)
+        setup.phase("building the model")
         stages = build_stages(config, self.tokenizer.special)
         if fresh and config.train.init_from:
-            load_start(stages, config, out)
+            setup.phase("reading weights")
+            load_start(stages, config, out, waiting=setup.pulse.beat)
+        setup.phase("building the optimizer")
         self.stages = wrap_stages(stages, config)
         self.optimizer, self.scheduler = build_optimizer(self.stages, config)
         self.step = 0
         self.meter = Meter(out, config, writes=layout.rank == 0)
-        self.watch = Watch(config, layout, out, self.meter)
+        self.watch = Watch(config, layout, out, self.meter, setup.pulse)
         for stage in self.stages:
             self.watch.anatomy.attach(stage.module)
         folder = config.train.checkpoints or out / "checkpoints"
@@ -289,7 +297,13 @@ def check_tokenizer(config: Config, size: int) -> None:
         )
 
 
-def train(config: Config, out: Path, resume: bool = False, stop_after: int | None = None) -> None:
+def train(
+    config: Config,
+    out: Path,
+    resume: bool = False,
+    stop_after: int | None = None,
+    setup: SetUp | None = None,
+) -> None:
     """Run a training job on this rank, from set-up to the last step.
 
     Args:
@@ -297,16 +311,22 @@ def train(config: Config, out: Path, resume: bool = False, stop_after: int | Non
         out: its folder.
         resume: continue from the run's newest complete checkpoint.
         stop_after: stop, with a checkpoint, after this many steps of the whole run.
+        setup: takes this rank to its first step, watched; by default nobody watches.
     """
+    if setup is None:
+        setup = SetUp(Pulse(out / "logs", int(os.environ.get("RANK", "0"))), config.train.setup_timeout)
+    setup.phase("joining the process groups")
     layout = groups.initialize(config)
     try:
         if layout.rank == 0:
             save_config(config, out / "config.yaml")
         resume = resume and checkpoint.latest(config.train.checkpoints or out / "checkpoints") is not None
-        trainer = Trainer(config, layout, out, fresh=not resume)
+        trainer = Trainer(config, layout, out, setup, fresh=not resume)
         with closing(trainer.data):
             if resume:
+                setup.phase("loading the checkpoint")
                 trainer.resume()
+            setup.phase("beginning to train")
             trainer.run(stop_after)
     finally:
         groups.destroy()

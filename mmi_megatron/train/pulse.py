@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -27,10 +28,17 @@ HUNG = 70
 COURTESY = 3.0
 """Seconds that a rank which waits for others leaves to the one that does not."""
 
+INNERMOST = 4
+"""Lines of the stack of a rank that hung, in what is said of it; its file has them all."""
+
 DUMP = signal.SIGUSR2
 """Signal on which a rank writes the stacks of all its threads."""
 
-WAITING = ("torch/distributed/", "megatron/core/pipeline_parallel/p2p_communication")
+WAITING = (
+    "torch/distributed/",
+    "megatron/core/pipeline_parallel/p2p_communication",
+    "mmi_megatron/train/setup",
+)
 """Files whose functions wait for other ranks."""
 
 
@@ -39,17 +47,22 @@ class Sign:
     """Where a rank was last.
 
     Attributes:
-        step: steps it has made.
-        part: of the step it was in.
+        step: steps it has made; None before the first has begun, in set-up.
+        part: of the step, or phase of set-up, that it was in.
         time: when it wrote so, seconds since the epoch.
     """
 
-    step: int
+    step: int | None
     part: str
     time: float
 
+    @property
+    def age(self) -> float:
+        """Seconds since then."""
+        return max(0.0, time.time() - self.time)
+
     def __str__(self) -> str:
-        return f"step {self.step}, {self.part}"
+        return f"set-up, {self.part}" if self.step is None else f"step {self.step}, {self.part}"
 
 
 class Pulse:
@@ -67,7 +80,7 @@ class Pulse:
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), SIZE)
         self.folder, self.rank = folder, rank
-        self.sign = Sign(0, "set-up", time.time())
+        self.sign = Sign(None, "starting", time.time())
 
     def beat(self, step: int | None = None, part: str | None = None) -> None:
         """Give a sign of life, in the same step and part if none is given."""
@@ -75,7 +88,8 @@ class Pulse:
         self.sign = Sign(
             last.step if step is None else step, last.part if part is None else part, time.time()
         )
-        line = f"{self.sign.time:.3f} {self.sign.step} {self.sign.part}\n".encode()[:SIZE]
+        made = "-" if self.sign.step is None else self.sign.step
+        line = f"{self.sign.time:.3f} {made} {self.sign.part}\n".encode()[:SIZE]
         self._map[: len(line)] = line
 
 
@@ -84,7 +98,7 @@ def read(folder: Path, rank: int) -> Sign | None:
     try:
         line = _pulse_path(folder, rank).read_bytes().split(b"\n")[0].decode().strip()
         when, step, part = line.split(" ", 2)
-        return Sign(int(step), part, float(when))
+        return Sign(None if step == "-" else int(step), part, float(when))
     except (FileNotFoundError, ValueError):  # none yet, or half of one
         return None
 
@@ -104,6 +118,23 @@ def stacks_path(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank}.stacks"
 
 
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """``rank 1``; ``ranks 1 and 3``; ``ranks 1, 3 and 5``."""
+    *first, last = map(str, ranks)
+    return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"
+
+
+def waited(error: BaseException) -> bool:
+    """Whether an error was raised where this rank waited for others, who may be its cause."""
+    seen: BaseException | None = error
+    while seen is not None:
+        frames = traceback.extract_tb(seen.__traceback__)
+        if frames and waits_for_others(frames[-1].filename):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
 def waits_for_others(filename: str) -> bool:
     """Whether code of this file waits for other ranks."""
     return any(part in filename for part in WAITING)
@@ -118,10 +149,11 @@ class Watchdog:
     Args:
         pulse: of this rank.
         limit: seconds.
+        setup_limit: the same for a phase of set-up.
     """
 
-    def __init__(self, pulse: Pulse, limit: float):
-        self.pulse, self.limit = pulse, limit
+    def __init__(self, pulse: Pulse, limit: float, setup_limit: float):
+        self.pulse, self.limit, self.setup_limit = pulse, limit, setup_limit
         self._over = threading.Event()
         self._stacks: IO[str] = stacks_path(pulse.folder, pulse.rank).open("w")
         faulthandler.register(DUMP, self._stacks, all_threads=True, chain=False)
@@ -137,27 +169,29 @@ class Watchdog:
         self._stacks.close()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self.limit / 10)):
-            still = time.time() - self.pulse.sign.time
-            if still > self.limit:
-                self._end(still)
+        while not self._over.wait(min(1.0, self.limit / 10, self.setup_limit / 10)):
+            sign = self.pulse.sign
+            if sign.age > (self.setup_limit if sign.step is None else self.limit):
+                self._end(sign)
 
-    def _end(self, still: float) -> None:
+    def _end(self, sign: Sign) -> None:
+        """Write down, and say for those whose launcher does not read it, where this rank is; end it."""
         frame = sys._current_frames().get(self._main or 0)
         stack = traceback.extract_stack(frame) if frame is not None else []
         waits = _is_waiting(frame)
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._stacks.flush()
         what = "waited for other ranks" if waits else "hung"
-        faults.record_hang(
-            self.pulse.folder,
-            self.pulse.rank,
-            f"{what} at {self.pulse.sign}: no progress for {still:.0f} s",
-            [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in stack],
-            waits,
-        )
+        error = f"{what} at {sign}: no progress for {sign.age:.0f} s"
+        frames = [f"{entry.filename}:{entry.lineno} in {entry.name}" for entry in stack]
+        faults.record_hang(self.pulse.folder, self.pulse.rank, error, frames, waits)
         if waits:
             time.sleep(COURTESY)
+        lines = [
+            f"rank {self.pulse.rank} {error}",
+            *(f"  its stack: {frame}" for frame in frames[-INNERMOST:]),
+        ]
+        print("\n".join(lines), file=sys.stderr, flush=True)
         os._exit(HUNG)
 
 

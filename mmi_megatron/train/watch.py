@@ -28,7 +28,7 @@ from mmi_megatron.train import anatomy
 from mmi_megatron.train.anatomy import Anatomy
 from mmi_megatron.train.flops import count_step
 from mmi_megatron.train.metrics import Meter
-from mmi_megatron.train.pulse import Pulse, Watchdog
+from mmi_megatron.train.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +57,14 @@ class Watch:
         config, layout: of the run.
         out: its folder.
         meter: gets what belongs in the log.
+        pulse: of this rank; by default one that nobody watches.
     """
 
-    def __init__(self, config: Config, layout: Layout, out: Path, meter: Meter):
+    def __init__(self, config: Config, layout: Layout, out: Path, meter: Meter, pulse: Pulse | None = None):
         self.config, self.settings, self.layout, self.meter = config, config.train.watch, layout, meter
-        self.timeout = config.train.timeout
         self.reports = out / "reports"
         self.traces = out / "traces"
-        self.pulse = Pulse(out / "logs", layout.rank)
+        self.pulse = pulse or Pulse(out / "logs", layout.rank)
         self.anatomy = Anatomy(self.pulse)
         self.step = 0
         self.batches: Sequence[Batch] = ()
@@ -76,14 +76,12 @@ class Watch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around a run: a rank that makes no progress ends."""
+        """Around the steps of a run: a trace under way is written however they end."""
         self.pulse.beat()
-        watchdog = Watchdog(self.pulse, self.timeout)
         try:
             yield
         finally:
             self._stop_trace()
-            watchdog.close()
 
     # Around every step
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmi_megatron.config import Config
 from mmi_megatron.settings import load_config
-from mmi_megatron.train import faults
-from mmi_megatron.train.signals import STOPPED, Stopped
+from mmi_megatron.train import faults, pulse
+from mmi_megatron.train.setup import SetUp
 
 PARENT = "MMI_PARENT"
 """Environment variable with the process id of the launcher."""
@@ -31,8 +32,6 @@ def run(config: Config, out: Path, resume: bool, stop_after: int | None) -> int:
     Returns:
         The exit code: 0, or 75 when a signal made it save and stop.
     """
-    from mmi_megatron.train.loop import train
-
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     if rank == 0:
@@ -40,13 +39,30 @@ def run(config: Config, out: Path, resume: bool, stop_after: int | None) -> int:
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         for name in ("mmi_megatron", "data_pipeline"):
             logging.getLogger(name).addHandler(handler)
-    try:
-        train(config, out, resume, stop_after)
-    except Stopped as stopped:
-        if rank == 0:
-            print(stopped, flush=True)
-        return STOPPED
+    with watched(config, out, rank) as setup:
+        from mmi_megatron.train.loop import train
+        from mmi_megatron.train.signals import STOPPED, Stopped
+
+        try:
+            train(config, out, resume, stop_after, setup)
+        except Stopped as stopped:
+            if rank == 0:
+                print(stopped, flush=True)
+            return STOPPED
     return 0
+
+
+@contextmanager
+def watched(config: Config, out: Path, rank: int) -> Iterator[SetUp]:
+    """Around all that this rank does, before it imports anything that takes long: it gives signs of life
+    and ends when it gives none for too long."""
+    signs = pulse.Pulse(out / "logs", rank)
+    signs.beat(part="importing")
+    watchdog = pulse.Watchdog(signs, config.train.timeout, config.train.setup_timeout)
+    try:
+        yield SetUp(signs, config.train.setup_timeout)
+    finally:
+        watchdog.close()
 
 
 def main(arguments: Sequence[str] | None = None, work: Callable = run) -> None:
@@ -62,7 +78,7 @@ def main(arguments: Sequence[str] | None = None, work: Callable = run) -> None:
     try:
         code = work(load_config(given.settings), given.out, given.resume, given.stop_after)
     except BaseException as error:
-        faults.record(given.out / "logs", int(os.environ["RANK"]), error)
+        faults.record(given.out / "logs", int(os.environ["RANK"]), error, pulse.waited(error))
         raise
     raise SystemExit(code)
 
