@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mmi_megatron.cli import app
 from mmi_megatron.errors import ConfigError
+from mmi_megatron.settings import save_config
 from tests.ranks import Ranks
 from tests.small_run import random_run, story_config
 
@@ -69,6 +73,28 @@ def test_a_run_of_two_ranks_is_read_whole(written):
     assert got.keys() == want.keys()
     for name, tensor in want.items():
         assert torch.equal(got[name], tensor), name
+
+
+def test_checkpoints_kept_elsewhere_are_found(tmp_path, written):
+    folder, config = written
+    run, elsewhere = tmp_path / "run", tmp_path / "store" / "of_this_run"
+    run.mkdir()
+    shutil.copytree(folder / "checkpoints", elsewhere)
+    shutil.copytree(folder / "checkpoints" / "step_0000003", run / "checkpoints" / "step_0000003")
+    save_config(replace(config, train=replace(config.train, checkpoints=str(elsewhere))), run / "config.yaml")
+    (tmp_path / "prompt.json").write_text(json.dumps({"content": [{"text": "Once"}]}))
+    assert load(run).step == 12  # not the one of the run's own folder
+    result = CliRunner().invoke(
+        app,
+        ["generate", str(run), "--prompt", str(tmp_path / "prompt.json"), "--out", str(tmp_path / "x.html")]
+        + ["--max-tokens", "3", "--max-images", "0"],
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "x.html").is_file()
+    shutil.rmtree(elsewhere / "step_0000012")
+    shutil.rmtree(elsewhere / "step_0000003")
+    with pytest.raises(ConfigError, match=f"no complete checkpoint in {elsewhere}"):
+        load(run)
 
 
 def test_a_folder_that_is_no_run_is_a_clear_error(tmp_path, written):
