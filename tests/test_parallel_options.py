@@ -276,8 +276,17 @@ def test_bytes_sent_are_those_of_the_sizes(ranks, story, layout, frozen, busy):
         (Layout("TP2 x DP2", tensor=2, data=2), False, {}, {"tensor", OF_DATA, OF_IMAGES}),
         (Layout("PP2 interleaved", pipeline=2, virtual=2), False, {}, {"pipeline"}),
         (CONTEXT, False, {}, {"tensor", "context", OF_DATA, OF_IMAGES}),
-        (Layout("CP2 x PP2", context=2, pipeline=2), True, {}, {"context", "pipeline", OF_DATA, OF_IMAGES}),
+        (Layout("CP2 x PP2", context=2, pipeline=2), False, {}, {"context", "pipeline", OF_DATA, OF_IMAGES}),
         (replace(SEQUENCE, recompute=("full", "none", "none")), False, {}, {"tensor", OF_IMAGES}),
+        *[
+            (
+                Layout("CP2", context=2, recompute=(way, "none", "none")),
+                False,
+                {},
+                {"context", OF_DATA, OF_IMAGES},
+            )
+            for way in ("selective", "full")
+        ],
     ],
     ids=lambda x: getattr(x, "name", ""),
 )

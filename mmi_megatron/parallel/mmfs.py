@@ -9,6 +9,9 @@ The dense kind (table 6) divides queries, keys, values and the table by heads in
 By queries (``parallel.mmfs=queries``, under sequence parallelism) every rank keeps its part of the
 sequence and all heads: what is applied to queries is held whole by every rank, its gradient summed
 once a step, and in place of queries and outputs the values travel, which are projected by heads.
+
+Context-parallel ranks each have their own queries and project all maps. To divide that too would save two
+ranks 14 GFLOP in a layer's forward pass over ten images at full size, and have each send 14 MB of values.
 """
 
 from __future__ import annotations

@@ -110,8 +110,10 @@ class ShardedMMInterleaved(MMInterleaved):
 
     def place(self, embeddings: Tensor, visual: Tensor, placeholders: Tensor) -> Tensor:
         """See ``MMInterleaved.place``; embeddings [t, width] of this context-parallel rank's tokens."""
-        where, which = context.own(placeholders, len(embeddings))
-        return super().place(embeddings, visual[which], where)
+        if self.config.context_parallel_size > 1:  # a GPU is waited for, to know how many there are
+            placeholders, which = context.own(placeholders, len(embeddings))
+            visual = visual[which]
+        return super().place(embeddings, visual, placeholders)
 
     def run_ahead(self, inputs: Inputs) -> None:
         """Tokenize the images of the micro-batch that comes next."""
