@@ -109,7 +109,10 @@ def transformer_config(config: Config) -> TransformerConfig:
         # Interleaved stages cross messages in silence with the batched exchange.
         overlap_p2p_comm=parallel.virtual > 1,
         batch_p2p_comm=False,
-        deallocate_pipeline_outputs=parallel.pipeline > 1,
+        # Overlapped, Megatron gives up an output's memory before it has been sent. CUDA's allocator keeps
+        # it for NCCL until then; gloo would send whatever comes to lie there.
+        deallocate_pipeline_outputs=parallel.pipeline > 1
+        and (parallel.virtual == 1 or device().type != "cpu"),
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
         cp_comm_type="a2a" if parallel.context > 1 else None,
