@@ -109,10 +109,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         # Interleaved stages cross messages in silence with the batched exchange.
         overlap_p2p_comm=parallel.virtual > 1,
         batch_p2p_comm=False,
-        # Overlapped, Megatron gives up an output's memory before it has been sent. CUDA's allocator keeps
-        # it for NCCL until then; gloo would send whatever comes to lie there.
-        deallocate_pipeline_outputs=parallel.pipeline > 1
-        and (parallel.virtual == 1 or device().type != "cpu"),
+        # Where sending overlaps, Megatron would give up an output's memory before it has been sent, and
+        # gloo would send whatever comes to lie there.
+        deallocate_pipeline_outputs=parallel.pipeline > 1 and parallel.virtual == 1,
         sequence_parallel=parallel.sequence,
         context_parallel_size=parallel.context,
         cp_comm_type="a2a" if parallel.context > 1 else None,
