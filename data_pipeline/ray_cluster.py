@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from data_pipeline.errors import DataError
@@ -56,7 +57,7 @@ def connect(settings: DataSettings) -> None:
             ray.init(address="local", num_cpus=settings.workers + 1, include_dashboard=False, **common)
         else:
             ray.init(address=settings.ray_address, **common)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # the last: another cluster's token
         raise DataError(
             f"data.ray_address={settings.ray_address}: no Ray cluster answers ({error}); start one with "
             f"`mmi data serve`, give this machine its token ({token_path()}), or set data.ray_address=local"
@@ -83,24 +84,22 @@ def serve(address: str | None, workers: int, port: int = 6379) -> int:
         ["--address", address] if address else ["--head", f"--port={port}", "--include-dashboard=false"]
     )
     command += [f"--num-cpus={workers}", f"--resources={json.dumps({RESOURCE: workers})}"]
+    env = _environment(join=address is not None)
     asked: list[int] = []
-    with subprocess.Popen(command, env=_environment(join=address is not None)) as process:
-
-        def end(number: int, _: object) -> None:
-            asked.append(number)
-            process.terminate()
-
-        before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+    # From here on a signal must not end this process alone: Ray would stay behind.
+    before = {n: signal.signal(n, lambda n, _: asked.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with subprocess.Popen(command, env=env) as process:
             while not asked:
                 try:
-                    return process.wait(1.0)
+                    return process.wait(0.5)
                 except subprocess.TimeoutExpired:
                     continue
+            process.terminate()
             return _ended(process)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _knock(address: str) -> None:
@@ -134,11 +133,21 @@ def _environment(join: bool) -> dict[str, str]:
     if own.setdefault(MODE, "token") == "token" and not has_token():
         if join:
             raise DataError(f"no token: copy {token_path()} from the cluster's first machine, or set {TOKEN}")
-        path = token_path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+        _make_token(token_path())
     return own
+
+
+def _make_token(path: Path) -> None:
+    """Whole or not at all; one that another process has made meanwhile stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    try:
+        with suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink()
 
 
 def _path() -> str:

@@ -95,10 +95,7 @@ def index_corpus(
     fingerprint = load_tokenizer(tokenizer).fingerprint
     found = find_shards(path, path, own)
     common = {"tokenizer": tokenizer, "fingerprint": fingerprint, "holdout": holdout}
-    items = [
-        {"number": number, "shard": url, "stamp": json.dumps(asdict(stamp)), **common}
-        for number, (url, stamp) in enumerate(found)
-    ]
+    items = [{**_item(number, url, stamp), **common} for number, (url, stamp) in enumerate(found)]
     made: dict[int, Shard] = {}
     for number, line in _rows(items, partial(_index_shard, storage=own.settings), workers):
         fields = json.loads(line)
@@ -163,16 +160,20 @@ def dedup_corpus(
     """
     if not 0 <= distance <= MAX_DISTANCE:
         raise DataError(f"distance {distance}: must be from 0 to {MAX_DISTANCE}")
-    shards = [url for url, _ in find_shards(source, source)]
-    items = [{"number": number, "shard": shard} for number, shard in enumerate(shards)]
-    hashes: dict[int, np.ndarray] = {}
-    places: dict[int, np.ndarray] = {}
-    for number, both in _rows(items, _hashes, workers):
-        hashes[number], places[number] = np.frombuffer(both, np.uint64).reshape(2, -1)
-    gone = doubles(np.concatenate([hashes[n] for n in range(len(shards))]), distance)
-    starts = np.cumsum([0, *(len(hashes[n]) for n in range(len(shards)))])
-    left = {shards[n]: places[n][gone[starts[n] : starts[n + 1]]].tobytes() for n in range(len(shards))}
-    return _rewrite(source, out, workers, {"kind": "dedup", "distance": distance}, progress, left)
+
+    def left_out(shards: list[tuple[str, Stamp]]) -> dict[str, bytes]:
+        """Of each shard the numbers of its images that are doubles, uint64."""
+        items = [_item(number, url, stamp) for number, (url, stamp) in enumerate(shards)]
+        hashes: dict[int, np.ndarray] = {}
+        places: dict[int, np.ndarray] = {}
+        for number, both in _rows(items, _hashes, workers):
+            hashes[number], places[number] = np.frombuffer(both, np.uint64).reshape(2, -1)
+        every = range(len(shards))
+        gone = doubles(np.concatenate([hashes[n] for n in every]), distance)
+        starts = np.cumsum([0, *(len(hashes[n]) for n in every)])
+        return {shards[n][0]: places[n][gone[starts[n] : starts[n + 1]]].tobytes() for n in every}
+
+    return _rewrite(source, out, workers, {"kind": "dedup", "distance": distance}, progress, left_out)
 
 
 def plan_dataset(settings: DataSettings, steps: int, global_rows: int, start: int = 0) -> Any:
@@ -264,10 +265,15 @@ def _index_shard(item: dict[str, Any], storage: StorageSettings) -> bytes:
     return json.dumps(asdict(summary(item["shard"], *made, item["holdout"]))).encode()
 
 
+def _item(number: int, url: str, stamp: Stamp) -> dict[str, Any]:
+    """What a task is told of its shard."""
+    return {"number": number, "shard": url, "stamp": json.dumps(asdict(stamp))}
+
+
 def _hashes(item: dict[str, Any]) -> bytes:
     """Hashes, then numbers in the shard, of all images that can be decoded: uint64 [2, images]."""
     hashes, places, number = [], [], -1
-    for document, _ in _documents(item["shard"]):
+    for document, _ in _documents(item):
         for blob in document.images if document else ():  # others are counted when the shard is written
             number += 1
             try:
@@ -284,26 +290,37 @@ def _rewrite(
     workers: int,
     job: dict[str, Any],
     progress: Progress,
-    left: dict[str, bytes] | None = None,
+    left_out: Callable[[list[tuple[str, Stamp]]], dict[str, bytes]] = lambda shards: {},
 ) -> Summary:
-    """Run a job over all shards that are not done; the counts of all."""
+    """Run a job over all shards that are not done; the counts of all.
+
+    ``left_out`` is asked for the doubles in each shard, once the folder has been claimed and only where
+    shards are left to do: it reads the whole corpus.
+    """
     storage = Storage()
     shards = find_shards(source, source, storage)
     _claim(storage, out, job, shards)
     done = {url.rpartition("/")[2] for url, _ in storage.find(out, DONE)}
-    items = [
-        {"number": number, "shard": url, "out": out, "doubles": (left or {}).get(url, b""), **job}
-        for number, (url, _) in enumerate(shards)
-        if _name(url) + DONE not in done
+    to_do = [
+        (number, url, stamp) for number, (url, stamp) in enumerate(shards) if _name(url) + DONE not in done
     ]
-    finished = len(shards) - len(items)
+    finished = len(shards) - len(to_do)
     progress(finished, len(shards))
+    left = left_out(shards) if to_do else {}
+    items = [
+        {**_item(number, url, stamp), "out": out, "doubles": left.get(url, b""), **job}
+        for number, url, stamp in to_do
+    ]
     for _ in _rows(items, _rewrite_shard, workers) if items else ():
         finished += 1
         progress(finished, len(shards))
     total = Summary()
     for url, _ in shards:
-        counts = json.loads(storage.read_file(join(out, _name(url) + DONE)) or b"{}")
+        note = join(out, _name(url) + DONE)
+        written = storage.read_file(note)
+        if written is None:
+            raise DataError(f"{note}: was there and is gone; is another process at work in {out}?")
+        counts = json.loads(written)
         total.documents += counts["documents"]
         total.images += counts["images"]
         total.dropped.update(counts["dropped"])
@@ -368,13 +385,19 @@ def _edited(job: dict[str, Any], dropped: Counter[str]) -> Iterator[Document]:
         for given, answer in zip(held, answers, strict=True):
             if isinstance(answer, str):
                 dropped[answer] += 1
+            elif not isinstance(answer, Document):
+                raise DataError(
+                    f"{job['function']}: answered {answer!r} for {given.key!r}; "
+                    + ("None keeps a document, " if job["kind"] == "filter" else "a Document keeps it, ")
+                    + "a string is the reason to leave it out"
+                )
             elif answer.key != given.key:
                 raise DataError(f"{job['function']}: made {answer.key!r} of {given.key!r}; keys must stay")
             else:
                 yield answer
         held.clear()
 
-    for document, bad in _documents(job["shard"]):
+    for document, bad in _documents(job):
         if document is None:
             dropped[bad] += 1
             continue
@@ -393,7 +416,12 @@ def _edit_of(job: dict[str, Any]) -> Edit:
     function = load_function(job["function"])
     if job["kind"] == "recaption":
         return function
-    return lambda documents: [function(document) or document for document in documents]
+
+    def kept(document: Document) -> Any:
+        answer = function(document)
+        return document if answer is None else answer
+
+    return lambda documents: [kept(document) for document in documents]
 
 
 def _without(document: Document, left: set[int], seen: list[int]) -> Document | str:
@@ -411,10 +439,16 @@ def _without(document: Document, left: set[int], seen: list[int]) -> Document | 
     return Document(document.key, content, document.metadata)
 
 
-def _documents(shard: str) -> Iterator[tuple[Document | None, str]]:
-    """Documents of a shard in order; in the place of a bad one None and the reason."""
-    storage = Storage()
-    with StoredFile(storage, shard, storage.stat(shard)) as file:
+def _documents(item: dict[str, Any]) -> Iterator[tuple[Document | None, str]]:
+    """Documents of a shard in order; in the place of a bad one None and the reason.
+
+    Raises:
+        DataError: when the shard is not what it was when the job began.
+    """
+    storage, shard, stamp = Storage(), item["shard"], Stamp(**json.loads(item["stamp"]))
+    if storage.stat(shard) != stamp:
+        raise DataError(f"{shard}: has changed since the job began; begin again in an empty folder")
+    with StoredFile(storage, shard, stamp) as file:
         for key, members in scan_shard(file, shard):
             by_name = {member.name: member for member in members}
             problem = next((member.problem for member in members if member.problem), "")

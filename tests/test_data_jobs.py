@@ -10,7 +10,7 @@ import pytest
 from data_pipeline.corpus import make_index
 from data_pipeline.errors import DataError
 from data_pipeline.feed import Division, Feed
-from data_pipeline.formats import Document, write_documents
+from data_pipeline.formats import Document, find_shards, write_documents
 from data_pipeline.ray_jobs import (
     dedup_corpus,
     filter_corpus,
@@ -37,11 +37,11 @@ def ray():
 
 
 def read(folder) -> dict[str, Document]:
-    from data_pipeline.ray_jobs import _documents
+    from data_pipeline.ray_jobs import _documents, _item
 
     found = {}
-    for shard in sorted(folder.glob("*.tar")):
-        for document, bad in _documents(str(shard)):
+    for shard, stamp in find_shards(str(folder), str(folder)):
+        for document, bad in _documents(_item(0, shard, stamp)):
             assert not bad
             found[document.key] = document
     return found
@@ -55,6 +55,10 @@ def fails(document: Document) -> str | None:
     if document.metadata["index"] == 30:
         raise ValueError("no such model")
     return None
+
+
+def agrees(document: Document) -> bool:
+    return document.metadata["index"] % 2 == 0
 
 
 def lost(given: list[Document]) -> list[Document | str]:
@@ -122,6 +126,8 @@ def test_a_job_that_was_stopped_goes_on_and_one_that_fails_says_why(tmp_path):
         filter_corpus(where[0], str(tmp_path / "bad"), "tests.test_data_jobs:fails")
     with pytest.raises(DataError, match=r"made '../d00000' of 'd00000'; keys must stay"):
         recaption_corpus(where[0], str(tmp_path / "keys"), "tests.test_data_jobs:renamed")
+    with pytest.raises(DataError, match="agrees: answered True for 'd00000'; None keeps a document"):
+        filter_corpus(where[0], str(tmp_path / "bool"), "tests.test_data_jobs:agrees")
     with pytest.raises(DataError, match="gave 6 answers for 7 documents"):
         recaption_corpus(where[0], str(tmp_path / "worse"), "tests.test_data_jobs:lost", batch=7)
 
@@ -170,7 +176,7 @@ def test_the_commands_work_on_a_cluster(tmp_path):
     assert found[1]["documents"] == 15
 
 
-def test_dedup_leaves_out_images_that_came_before(tmp_path):
+def test_dedup_leaves_out_images_that_came_before(tmp_path, monkeypatch):
     one, two = scene(1), scene(2)
     again = scene(1, 90, 60)  # smaller and worse
     given = [
@@ -187,6 +193,25 @@ def test_dedup_leaves_out_images_that_came_before(tmp_path):
     assert made["d"].content == ["text alone"]
     assert "b" not in made
     assert dict(summary.dropped) == {"all images are doubles": 1}
+    # Nothing is hashed in vain: not again where all is done, not before the folder is seen to be fit.
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.ray_jobs._rows", None)
+        assert dedup_corpus(str(tmp_path / "in"), str(tmp_path / "out")) == summary
+        with pytest.raises(DataError, match="holds another job"):
+            dedup_corpus(str(tmp_path / "in"), str(tmp_path / "out"), distance=1)
+
+
+def test_a_shard_that_changes_under_a_job_ends_it(tmp_path):
+    from data_pipeline.ray_jobs import _documents, _item
+
+    write_documents(documents(20), tmp_path / "in", documents_per_shard=12)
+    (url, stamp), _ = find_shards(str(tmp_path / "in"), "in")
+    items = _documents(_item(0, url, stamp))
+    assert next(items)[0].key == "d00000"
+    write_documents(documents(30), tmp_path / "other", documents_per_shard=30)
+    (tmp_path / "other" / "000000.tar").rename(url)
+    with pytest.raises(DataError, match="has changed since the job began"):
+        next(_documents(_item(0, url, stamp)))
 
 
 def test_the_plan_as_a_ray_dataset_is_the_plan(tmp_path, ray):
