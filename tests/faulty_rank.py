@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ AT = 2
 def fault(config, out: Path, resume: bool, stop_after: int | None) -> int:
     """Train with the fault."""
     from mmi_megatron.parallel.language_model import ShardedLanguageModel
+    from mmi_megatron.train import loop
     from mmi_megatron.train.loop import Trainer
 
     what, first, plain = os.environ["FAULT"], Trainer.__init__, ShardedLanguageModel.run
@@ -40,8 +42,15 @@ def fault(config, out: Path, resume: bool, stop_after: int | None) -> int:
             time.sleep(2.0 if what == "slow" else 3600.0)
         return plain(model, *arguments)
 
+    def behind(*_arguments, **_options):
+        if what == "frozen in set-up":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(3600.0)
+
     if os.environ["RANK"] == "1":
         Trainer.__init__, ShardedLanguageModel.run = init, late
+        if what.endswith("in set-up"):
+            loop.Delivery = behind
     return worker.run(config, out, resume, stop_after)
 
 

@@ -4,15 +4,20 @@ step and the part. (``tests/test_watch.py`` and ``tests/test_launch.py`` look at
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from mmi_megatron.settings import save_config
 from mmi_megatron.train import faults, launch, pulse
 from tests.faulty_rank import AT
 from tests.forked import Forked
+from tests.ranks import free_port
 from tests.small_run import story_config
 from tests.test_loop import losses
 
@@ -35,10 +40,10 @@ def config(tmp_path_factory):
 def run(config, tmp_path, capfd, monkeypatch):
     """Run with a fault: exit code, what the launcher said, and what rank 0 logged."""
 
-    def run(fault: str, timeout: int = 300) -> tuple[int, str, str]:
+    def run(fault: str, timeout: int = 300, setup_timeout: int = 300) -> tuple[int, str, str]:
         monkeypatch.setenv("FAULT", fault)
         monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=Forked, DEVNULL=subprocess.DEVNULL))
-        config.train.timeout = timeout
+        config.train.timeout, config.train.setup_timeout = timeout, setup_timeout
         code = launch.launch(config, tmp_path, ranks=2, module="tests.faulty_rank", again="AGAIN")
         return code, capfd.readouterr().err, faults.log_path(tmp_path / "logs", 0).read_text()
 
@@ -77,3 +82,50 @@ def test_a_rank_that_leaves_a_collective_waiting_is_named(run, tmp_path):
     code, said, _ = run("hung", timeout=15)
     assert code == pulse.HUNG and "rank 1 hung" in said
     assert f"hung at step {AT}, language model forward" in said and "in late" in said
+
+
+def test_a_rank_that_hangs_in_set_up_is_named(run, tmp_path):
+    code, said, _ = run("hung in set-up", setup_timeout=20)
+    assert code == pulse.HUNG and "Training ended: rank 1 hung." in said
+    assert "hung at set-up, opening the corpus: no progress for" in said and "in behind" in said
+
+
+def test_a_rank_that_is_stopped_in_set_up_is_named(run, tmp_path):
+    code, said, log = run("frozen in set-up", setup_timeout=20)
+    assert code == pulse.HUNG and "Training ended: rank 1 hung at set-up, opening the corpus." in said
+    assert "rank 1 of 2 did not finish opening the corpus within 20 s (train.setup_timeout)" in log
+
+
+@pytest.mark.parametrize("fault", ["hung in set-up", "frozen in set-up"])
+def test_under_torchrun_on_two_nodes_without_common_storage_it_is_named(config, tmp_path, fault):
+    config.train.timeout, config.train.setup_timeout = 300, 40
+    save_config(config, tmp_path / "settings.yaml")
+    port, nodes = free_port(), []
+    for node in range(2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}"]
+        command += ["--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command += ["-m", "tests.faulty_rank", str(tmp_path / "settings.yaml"), str(tmp_path / str(node))]
+        with (tmp_path / f"node_{node}").open("wb") as output:
+            nodes.append(
+                subprocess.Popen(command, env=os.environ | {"FAULT": fault}, stdout=output, stderr=output)
+            )
+    try:
+        assert nodes[0].wait(timeout=480) != 0
+        said = (tmp_path / "node_0").read_text()
+        assert "rank 1 of 2 did not finish opening the corpus within 40 s (train.setup_timeout)" in said
+        assert "rank 1 has given no sign of life in this run's folder" in said
+        if fault == "hung in set-up":
+            assert nodes[1].wait(timeout=120) != 0
+            own = (tmp_path / "node_1").read_text()
+            assert "rank 1 hung at set-up, opening the corpus" in own and "in behind" in own
+    finally:
+        for node in nodes:
+            end(node)
+
+
+def end(node: subprocess.Popen) -> None:
+    """End a node and its rank, which torchrun starts in a session of its own; it may be stopped."""
+    for rank in subprocess.run(["pgrep", "-P", str(node.pid)], capture_output=True, text=True).stdout.split():
+        os.kill(int(rank), signal.SIGKILL)
+    node.kill()
+    node.wait()
