@@ -184,6 +184,36 @@ def weights_of_ours(tensor: int, pipeline: int, init_from: list[str], out: str, 
         groups.destroy()
 
 
+def chosen(there: bool) -> str:
+    """On a rank: the checkpoint that all start from, while each would find another one the newest."""
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from mmi_megatron.convert import start
+    from mmi_megatron.parallel import groups
+    from mmi_megatron.train.storage import Folder
+
+    def resolve(address: str) -> Folder:
+        if not there and dist.get_rank() == 0:
+            raise ConvertError(f"{address}: nothing there")
+        return Folder(f"{address}/step_{dist.get_rank()}")
+
+    groups.initialize(models.settings(2))
+    try:
+        with mock.patch.object(start, "resolve", resolve):
+            return start._resolve_once("run").address
+    except ConvertError as error:
+        return str(error)
+    finally:
+        groups.destroy()
+
+
+def test_all_ranks_start_from_the_checkpoint_that_one_has_found(ranks):
+    assert ranks.run(2, chosen, True) == ["run/step_0"] * 2
+    assert ranks.run(2, chosen, False) == ["run: nothing there"] * 2
+
+
 def files_of(read: dict[str, int], name: str) -> dict[int, int]:
     """Bytes of a checkpoint's files of tensors, by their number."""
     pattern = re.compile(rf"(?:.*/)?{name}/__(\d+)_0\.distcp$")

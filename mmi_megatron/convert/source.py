@@ -92,11 +92,6 @@ class Source(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.like)
 
-    @property
-    def largest_file(self) -> int:
-        """Bytes."""
-        return max(file.stat().st_size for file in self.files)
-
 
 def find_files(path: Path) -> tuple[list[Path], Path | None]:
     """The weight files at a path, and the index that binds them, if there is one.

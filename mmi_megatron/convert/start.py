@@ -68,7 +68,7 @@ def load_start(
     origin: dict[str, str] = {}
     unused: dict[str, list[str]] = {}
     for address in config.train.init_from:
-        folder = resolve(address)
+        folder = _resolve_once(address)
         _check_settings(folder, config)
         held = {key for key in shapes_of(read_index(folder)) if key.startswith(MODEL)}
         twice = sorted(held & ours & origin.keys())
@@ -97,6 +97,21 @@ def resolve(address: str) -> Folder:
         if (newest := checkpoint_folder.newest(place)) is not None:
             return newest
     raise ConvertError(f"{address}: neither a checkpoint nor the folder of a run with a complete one")
+
+
+def _resolve_once(address: str) -> Folder:
+    """``resolve`` on rank 0 for all: another run may write its next checkpoint meanwhile (collective)."""
+    found: list[str | ConvertError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = resolve(address).address
+        except ConvertError as error:
+            found[0] = error
+    dist.broadcast_object_list(found, src=0)
+    if not isinstance(found[0], str):
+        assert found[0] is not None
+        raise found[0]
+    return Folder(found[0])
 
 
 def load_whole(model: nn.Module, folder: Folder) -> None:
@@ -143,9 +158,8 @@ def _fill(
         str(number): {name: tensor for name, tensor in _tensors(part).items() if tensor.key in held}
         for number, part in enumerate(sharded)
     }
-    state = fill(folder, {"model": wanted}, waiting).get(
-        "model", {}
-    )  # nothing for a stage without such parts
+    filled = fill(folder, {"model": wanted}, waiting)
+    state = filled.get("model", {})  # nothing for a stage without such parts
     for number, chunk in enumerate(chunks):
         result = chunk.load_state_dict(state.get(str(number), {}), strict=False)
         if result.unexpected_keys:
