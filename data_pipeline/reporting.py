@@ -26,16 +26,23 @@ from data_pipeline.formats import Summary
 P = ParamSpec("P")
 
 
+@contextmanager
+def mendable() -> Iterator[None]:
+    """An error the user can mend is one line and exit code 1."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+
+
 def reported(command: Callable[P, Summary]) -> Callable[P, None]:
-    """Print a command's summary; an error the user can mend is one line and exit code 1."""
+    """Print a command's summary, and what is ``mendable`` as such."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
+        with mendable():
             summary = command(*args, **kwargs)
-        except (DataError, OSError) as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(1) from None
         if kwargs["as_json"]:
             typer.echo(json.dumps(summary.as_dict(), ensure_ascii=False))
         else:

@@ -11,9 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from data_pipeline.errors import DataError
 from data_pipeline.formats import Summary
-from data_pipeline.reporting import bar
+from data_pipeline.reporting import bar, mendable
 from data_pipeline.settings import DataSettings
 
 Source = Annotated[str, typer.Argument(help="Folder or URL of shards.", show_default=False)]
@@ -38,11 +37,8 @@ def bench(
     """Rates of reading, decoding, packing and delivery against this machine's raw decode limit."""
     from data_pipeline.bench import run
 
-    try:
+    with mendable():
         found = run(executors.split(","), images, workers, decoder, rounds, folder)
-    except DataError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -68,11 +64,9 @@ def serve(
     """Make this machine part of the data service (Ray), until Ctrl-C. For trusted networks only."""
     from data_pipeline.ray_cluster import serve as join
 
-    try:
-        raise typer.Exit(join(address, workers, port))
-    except DataError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    with mendable():
+        code = join(address, workers, port)
+    raise typer.Exit(code)
 
 
 def filter_(
@@ -84,7 +78,9 @@ def filter_(
     as_json: Json = False,
 ) -> Summary:
     """Keep the documents that a function accepts: it gives None, or the reason to leave one out."""
-    return _job("filter_corpus", ray, workers, source, out, function=function)
+    from data_pipeline.ray_jobs import filter_corpus
+
+    return _job(filter_corpus, ray, workers, source, out, function=function)
 
 
 def recaption(
@@ -97,7 +93,9 @@ def recaption(
     as_json: Json = False,
 ) -> Summary:
     """Change documents through a function of a list of them, a model that describes images, say."""
-    return _job("recaption_corpus", ray, workers, source, out, function=function, batch=batch)
+    from data_pipeline.ray_jobs import recaption_corpus
+
+    return _job(recaption_corpus, ray, workers, source, out, function=function, batch=batch)
 
 
 def dedup(
@@ -109,7 +107,9 @@ def dedup(
     as_json: Json = False,
 ) -> Summary:
     """Leave out images that look like an earlier one (perceptual hash)."""
-    return _job("dedup_corpus", ray, workers, source, out, distance=distance)
+    from data_pipeline.ray_jobs import dedup_corpus
+
+    return _job(dedup_corpus, ray, workers, source, out, distance=distance)
 
 
 def index_on(address: str, workers: int) -> Callable:
@@ -121,11 +121,12 @@ def index_on(address: str, workers: int) -> Callable:
     return index_corpus
 
 
-def _job(name: str, address: str, workers: int, source: str, out: str, **options: Any) -> Summary:
+def _job(
+    job: Callable[..., Summary], address: str, workers: int, source: str, out: str, **options: Any
+) -> Summary:
     """Run a function of ``ray_jobs`` on a cluster, with a progress bar."""
-    from data_pipeline import ray_jobs
     from data_pipeline.ray_cluster import connect
 
     connect(DataSettings(ray_address=address, workers=workers))
     with bar("shards") as progress:
-        return getattr(ray_jobs, name)(source, out, workers=workers, progress=progress, **options)
+        return job(source, out, workers=workers, progress=progress, **options)

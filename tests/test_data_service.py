@@ -13,6 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_pipeline.errors import DataError
+from data_pipeline.ray_cluster import _make_token, connect
+from data_pipeline.settings import DataSettings
 from mmi_megatron.settings import save_config
 from mmi_megatron.train import metrics
 from tests.small_run import story_config
@@ -118,6 +121,27 @@ def test_a_trainer_reads_from_a_service_through_the_loss_of_an_actor_its_feeder_
     first.send_signal(signal.SIGINT)
     assert first.wait(60) == 0
     wait_for(lambda: not ours(home, "ray::") and not answers(port), 30)
+
+
+def test_the_token_of_a_cluster_is_made_whole_and_once(tmp_path):
+    path = tmp_path / ".ray" / "auth_token"
+    _make_token(path)
+    made = path.read_text()
+    assert len(made) == 64 and path.stat().st_mode & 0o777 == 0o600
+    _make_token(path)  # as one that another process has made meanwhile
+    assert path.read_text() == made and [file.name for file in path.parent.iterdir()] == ["auth_token"]
+
+
+def test_another_clusters_token_is_one_line(monkeypatch):
+    import ray
+
+    def refused(**_):
+        raise ray.exceptions.AuthenticationError("invalid token")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refused)
+    with pytest.raises(DataError, match=r"no Ray cluster answers \(.*invalid token.*give this machine its"):
+        connect(DataSettings(ray_address="auto"))
 
 
 def test_no_cluster_or_another_token_is_one_line(tmp_path, start):
