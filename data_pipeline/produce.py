@@ -18,7 +18,7 @@ from data_pipeline.plan import sample_id
 from data_pipeline.quarantine import Failure
 from data_pipeline.rows import describe_stream
 from data_pipeline.settings import DataSettings
-from data_pipeline.state import pixel_words, row_checksums
+from data_pipeline.state import folded, pixel_words, row_checksums
 from data_pipeline.storage import LocalFiles, Range, Storage, is_local
 from data_pipeline.task import Address, Produced, Task
 from data_pipeline.tokens import Tokenizer
@@ -54,6 +54,26 @@ class Slot:
     def padding(cls, length: int) -> Slot:
         """The fill behind a row's last document."""
         return cls(length, PADDING, PADDING, 0, False)
+
+
+class Squares:
+    """Room for images of one size, and the ``pixel_sums`` of those that are in it.
+
+    Attributes:
+        pixels: uint8 [n, h, w, 3], to be written to.
+    """
+
+    def __init__(self, pixels: np.ndarray):
+        self.pixels, self._words = pixels, pixel_words(pixels)
+        self._sums = np.empty((len(pixels), self._words.shape[-1]), np.uint64)
+
+    def add(self, number: int) -> None:
+        """Add up an image that has been written, while it is in the CPU's cache."""
+        np.add.reduce(self._words[number], 0, np.uint64, self._sums[number])
+
+    def sums(self, count: int) -> np.ndarray:
+        """``pixel_sums`` of the first images."""
+        return folded(self._sums[:count], self.pixels.shape[1])
 
 
 @dataclass(frozen=True)
@@ -216,34 +236,32 @@ class Producer:
         """Decode the images of the slots that are good; those of a slot with a bad one are left out."""
         size, drawn_size = self.settings.image_size, self.settings.drawn_size
         loss = image_loss.tolist()
-        images = self.empty((len(loss), size, size, 3), np.uint8)
-        drawn = self.empty((sum(loss), drawn_size, drawn_size, 3), np.uint8)
-        words = pixel_words(images), pixel_words(drawn)
-        sums = [np.zeros((len(each), each.shape[-1]), np.uint64) for each in words]
+        images = Squares(self.empty((len(loss), size, size, 3), np.uint8))
+        drawn = Squares(self.empty((sum(loss), drawn_size, drawn_size, 3), np.uint8))
         ids: list[int] = []
         large = at = 0
         for slot in slots:
-            if slot.failure is not None:
+            if slot.failure is not None or not slot.images:
                 continue
             draws = loss[at : at + len(slot.images)]
             at += len(slot.images)
-            small, filled = len(ids), large
+            first, filled = len(ids), large
             try:
                 for number, (blob, draw) in enumerate(zip(slot.images, draws, strict=True)):
-                    out = [images[small + number]] + ([drawn[filled]] if draw else [])
+                    out = [images.pixels[first + number]] + ([drawn.pixels[filled]] if draw else [])
                     self.decoder.squares(_read(blob, files), out, self._view(slot, number))
-                    # As ``pixel_sums``, while they are in the CPU's cache.
-                    np.add.reduce(words[0][small + number], 0, np.uint64, sums[0][small + number])
+                    images.add(first + number)
                     if draw:
-                        np.add.reduce(words[1][filled], 0, np.uint64, sums[1][filled])
-                    filled += draw
+                        drawn.add(filled)
+                        filled += 1
             except BadSample as failure:
                 slot.failure = failure
                 continue
-            first = slot.sample << IMAGE_ID_BITS | slot.first_image
-            ids += range(first, first + len(slot.images))
+            identity = slot.sample << IMAGE_ID_BITS | slot.first_image
+            ids += range(identity, identity + len(slot.images))
             large = filled
-        return Pictures(images[: len(ids)], drawn[:large], ids, (sums[0][: len(ids)], sums[1][:large]))
+        sums = images.sums(len(ids)), drawn.sums(large)
+        return Pictures(images.pixels[: len(ids)], drawn.pixels[:large], ids, sums)
 
     def _view(self, slot: Slot, number: int) -> View:
         """What is taken of an image of a slot."""
