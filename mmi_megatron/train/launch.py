@@ -1,7 +1,8 @@
 """Starts a training job: on this machine one process a rank, or, under torchrun, this rank.
 
-The ranks are watched. When one is lost the others are ended, and one message says which, why, where
-its log is and how to go on.
+The ranks are watched, from their start on. When one is lost or hangs the others are ended, and one
+message says which, why, where its log is and how to go on. Under torchrun the ranks say so themselves
+(``train.setup``, ``train.pulse``).
 """
 
 from __future__ import annotations
