@@ -186,7 +186,7 @@ def plan_dataset(settings: DataSettings, steps: int, global_rows: int, start: in
 
     Returns:
         A ``ray.data.Dataset`` of ``step``, ``row``, ``checksum``, ``tokens``, ``labels``, ``images`` and
-        ``drawn`` (bytes with ``image_size`` and ``drawn_size`` a side); set
+        ``drawn`` (bytes of uint8 [side, side, 3], ``image_size`` and ``drawn_size`` a side); set
         ``DataContext.execution_options.preserve_order`` to read it in order.
     """
     stream = Stream(settings, "train", global_rows)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmi_megatron.config import LanguageConfig, ModelConfig
+from mmi_megatron.convert.llama import IMAGE_TOKENS
 from mmi_megatron.convert.released_language import language_layers_table
 from mmi_megatron.convert.released_tokenizer import perceiver_table, tokenizer_names
 from mmi_megatron.convert.released_unet import unet_mmfs_table
@@ -17,8 +18,6 @@ from mmi_megatron.model.unet_mmfs import mmfs_sites
 
 IMAGE_BIAS = -100.0
 """Bias of the two image tokens in the frozen head; what is trained is added to it."""
-
-IMAGE_TOKENS = 2
 
 
 def check_settings(config: ModelConfig) -> None:
