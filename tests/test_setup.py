@@ -13,14 +13,14 @@ from mmi_megatron.train.pulse import Pulse
 from mmi_megatron.train.setup import Absent, SetUp
 from tests.ranks import free_port
 
-
 kept: list[SetUp] = []
 """Rank 0's holds the store for all."""
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch):
-    """Let so many of so many ranks go through phases, each the first few; what each raised, and its sign."""
+    """Let some of so many ranks go through phases, each the first few and those of a negative number then
+    fail; what each raised."""
     monkeypatch.setattr(setup, "LOOK", 0.05)
     monkeypatch.setattr(pulse, "COURTESY", 0.2)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -51,10 +51,15 @@ def rank_of(folder: Path, rank: int, phases: int, limit: float, said: dict[int, 
     steps = SetUp(signs, limit)
     kept.append(steps)
     try:
-        for number in range(phases):
+        for number in range(abs(phases)):
             time.sleep(0.05 * rank)
             steps.phase(f"phase {number}")
+        if phases < 0:
+            raise ValueError("no such file\nand more")
         said[rank] = "came through"
+    except ValueError as error:
+        steps.give_up(error)
+        said[rank] = "no such file"
     except Absent as error:
         said[rank] = str(error)
 
@@ -80,6 +85,14 @@ def test_those_that_never_started_are_named(job):
     for words in said.values():
         assert "ranks 1 and 3 of 4 did not finish importing within 1 s" in words
         assert "rank 3 has given no sign of life in this run's folder" in words
+
+
+def test_those_that_wait_for_one_that_failed_need_not_wait_for_long(job):
+    began = time.monotonic()
+    said = job(3, {0: 3, 1: 3, 2: -1}, 60)
+    assert said[2] == "no such file" and time.monotonic() - began < 20
+    for rank in (0, 1):
+        assert said[rank] == "set-up: rank 2 ended: ValueError: no such file"
 
 
 def test_a_first_rank_that_never_started_is_named(job):

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,13 @@ LOOK = 0.5
 """Seconds between two looks at whether the others have come, at most."""
 
 
+FAILED = "failed"
+"""Key of the store under which a rank says that it will not come any more."""
+
+
 class Absent(RuntimeError):
-    """Ranks did not come to a meeting in time; the message names them and what they were to do before."""
+    """Ranks did not come to a meeting in time, or will not come; the message names them and what they were
+    to do before."""
 
 
 class SetUp:
@@ -59,6 +65,16 @@ class SetUp:
         self.pulse.beat(part=name)
         self._before = name
 
+    def give_up(self, error: BaseException) -> None:
+        """Tell those who wait for this rank that it ends with an error; launchers of other nodes may not."""
+        if self._store is None or isinstance(error, Absent):  # of which the others know
+            return
+        from torch.distributed import DistError
+
+        said = (str(error).strip().splitlines() or [""])[0]
+        with suppress(DistError):  # the store may be what was lost
+            self._store.set(FAILED, f"rank {self.pulse.rank} ended: {type(error).__name__}: {said}")
+
     def _meet(self) -> None:
         deadline, pause = time.monotonic() + self.limit, 0.01
         if self._store is None:
@@ -69,6 +85,10 @@ class SetUp:
         if store.add(f"{number}/come", 1) == self.world:
             store.set(f"{number}/all", "")
         while not store.check([f"{number}/all"]):
+            if store.check([FAILED]):
+                said = store.get(FAILED).decode()
+                time.sleep(pulse.COURTESY)
+                raise Absent(f"set-up: {said}")
             if time.monotonic() > deadline:
                 self._miss([rank for rank in range(self.world) if rank != self.pulse.rank])
             time.sleep(pause)

@@ -59,8 +59,12 @@ def watched(config: Config, out: Path, rank: int) -> Iterator[SetUp]:
     signs = pulse.Pulse(out / "logs", rank)
     signs.beat(part="importing")
     watchdog = pulse.Watchdog(signs, config.train.timeout, config.train.setup_timeout)
+    setup = SetUp(signs, config.train.setup_timeout)
     try:
-        yield SetUp(signs, config.train.setup_timeout)
+        yield setup
+    except BaseException as error:
+        setup.give_up(error)
+        raise
     finally:
         watchdog.close()
 
