@@ -54,7 +54,10 @@ def connect(settings: DataSettings) -> None:
     try:
         _knock(settings.ray_address)
         if settings.ray_address == "local":
-            ray.init(address="local", num_cpus=settings.workers + 1, include_dashboard=False, **common)
+            # Metrics and the history of tasks are for a dashboard, and there is none.
+            config = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
+            common |= {"include_dashboard": False, "_system_config": config}
+            ray.init(address="local", num_cpus=settings.workers + 1, **common)
         else:
             ray.init(address=settings.ray_address, **common)
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # the last: another cluster's token

@@ -21,6 +21,7 @@ import numpy as np
 
 from data_pipeline.batch import Batch
 from data_pipeline.errors import DataError
+from data_pipeline.executors import collect_rarely
 from data_pipeline.executors.ray_actors import RayActors, fetch
 from data_pipeline.feed import Division, Feed, Share, setup_of
 from data_pipeline.optional import ray
@@ -58,6 +59,7 @@ class Feeder:
         self.shares: dict[str, Share] = {}
         self.executor: RayActors | None = None
         self.asked = time.monotonic()
+        collect_rarely()
         threading.Thread(target=self._end_when_idle, daemon=True).start()
 
     def open(self, client: str, division: Division, global_rows: int, state: dict | None) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,10 +48,11 @@ class Maker:
         collect_rarely()
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def make(self, task: Task) -> tuple[Produced, tuple[np.ndarray, np.ndarray]]:
-        """The result without its pixels, and the pixels."""
-        produced = self.producer.produce(task)
-        return produced.without_pixels(), (produced.batch.images, produced.batch.drawn)
+    def make(self, task: bytes) -> tuple[bytes, tuple[np.ndarray, np.ndarray]]:
+        """The result of a pickled task without its pixels, pickled too, and the pixels. Ray's own pickling
+        asks Python about every object, which takes more than twice as long."""
+        produced = self.producer.produce(pickle.loads(task))
+        return pickle.dumps(produced.without_pixels(), 5), (produced.batch.images, produced.batch.drawn)
 
 
 @dataclass(eq=False)
@@ -124,7 +126,7 @@ class RayActors:
             actor = min(free, key=lambda a: len(a.jobs))
             if not actor.jobs:
                 actor.since = time.monotonic()
-            info, pixels = actor.handle.make.options(num_returns=2).remote(job.task)
+            info, pixels = actor.handle.make.options(num_returns=2).remote(pickle.dumps(job.task, 5))
             actor.jobs.append((job, info, pixels))
 
     def _run(self) -> None:
@@ -178,7 +180,7 @@ class RayActors:
             settle(job, answer)
             return
         ray.wait([pixels], timeout=0, fetch_local=True)  # begins to bring them here
-        settle(job, Produced(answer.batch, answer.checksums, answer.failures, answer.seen, pixels))
+        settle(job, replace(pickle.loads(answer), pixels=pixels))
 
     def _replace(self, actor: Actor, why: str) -> None:
         """Start an actor in place of a lost one, and ask its tasks again."""
