@@ -43,6 +43,8 @@ def fault(config, out: Path, resume: bool, stop_after: int | None) -> int:
         return plain(model, *arguments)
 
     def behind(*_arguments, **_options):
+        if what == "failed in set-up":
+            raise ValueError("no corpus on this node")
         if what == "frozen in set-up":
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(3600.0)

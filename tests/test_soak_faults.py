@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from mmi_megatron.settings import save_config
@@ -96,7 +96,7 @@ def test_a_rank_that_is_stopped_in_set_up_is_named(run, tmp_path):
     assert "rank 1 of 2 did not finish opening the corpus within 20 s (train.setup_timeout)" in log
 
 
-@pytest.mark.parametrize("fault", ["hung in set-up", "frozen in set-up"])
+@pytest.mark.parametrize("fault", ["hung in set-up", "frozen in set-up", "failed in set-up"])
 def test_under_torchrun_on_two_nodes_without_common_storage_it_is_named(config, tmp_path, fault):
     config.train.timeout, config.train.setup_timeout = 300, 40
     save_config(config, tmp_path / "settings.yaml")
@@ -112,6 +112,9 @@ def test_under_torchrun_on_two_nodes_without_common_storage_it_is_named(config, 
     try:
         assert nodes[0].wait(timeout=480) != 0
         said = (tmp_path / "node_0").read_text()
+        if fault == "failed in set-up":
+            assert "set-up: rank 1 ended: ValueError: no corpus on this node" in said
+            return
         assert "rank 1 of 2 did not finish opening the corpus within 40 s (train.setup_timeout)" in said
         assert "rank 1 has given no sign of life in this run's folder" in said
         if fault == "hung in set-up":
@@ -125,7 +128,7 @@ def test_under_torchrun_on_two_nodes_without_common_storage_it_is_named(config, 
 
 def end(node: subprocess.Popen) -> None:
     """End a node and its rank, which torchrun starts in a session of its own; it may be stopped."""
-    for rank in subprocess.run(["pgrep", "-P", str(node.pid)], capture_output=True, text=True).stdout.split():
-        os.kill(int(rank), signal.SIGKILL)
+    for rank in psutil.Process(node.pid).children(recursive=True) if node.poll() is None else ():
+        rank.kill()
     node.kill()
     node.wait()
