@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mmi_megatron.errors import ConfigError
 from mmi_megatron.train import pulse, setup
 from mmi_megatron.train.pulse import Pulse
 from mmi_megatron.train.setup import Absent, SetUp
@@ -98,6 +99,14 @@ def test_those_that_wait_for_one_that_failed_need_not_wait_for_long(job):
 def test_a_first_rank_that_never_started_is_named(job):
     (words,) = job(2, {1: 1}, 1.0).values()
     assert "rank 0 cannot be reached at 127.0.0.1:" in words and "within 1 s (train.setup_timeout)" in words
+
+
+def test_ranks_that_are_not_told_where_to_meet_are_told_what_to_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match="^MASTER_PORT must name .* a free port"):
+        SetUp(Pulse(tmp_path, 0), 1.0).phase("first")
 
 
 def test_errors_while_waiting_for_others_are_told_from_own_ones(job):

@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from mmi_megatron.errors import ConfigError
 from mmi_megatron.train import pulse
 from mmi_megatron.train.pulse import Pulse
 
@@ -99,6 +100,12 @@ class SetUp:
         """The store of this job: torchrun's or our launcher's, else one that rank 0 holds, as in torch."""
         from torch.distributed import PrefixStore, TCPStore
 
+        unset = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if unset:
+            raise ConfigError(
+                f"{' and '.join(unset)} must name rank 0's machine and a free port of it where WORLD_SIZE is "
+                "set; torchrun sets them"
+            )
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
         holds = self.pulse.rank == 0 and not agents
