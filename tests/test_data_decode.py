@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.decode import Decoder, crop, decode, reduction
+from data_pipeline.decode import Decoder, Room, crop, decode, reduction
 from data_pipeline.errors import BadSample, ResumeError, SettingsError
 from data_pipeline.stream import Stream
 from tests.data_corpora import cut_jpeg, documents, huge_png, make_settings
@@ -69,6 +69,13 @@ def test_both_sizes_come_from_one_decode_and_bad_images_are_named(name):
         with pytest.raises(BadSample):
             squares(decoder, blob, 32)
     assert name in decoder.fingerprint
+
+
+def test_room_for_pixels_never_begins_at_a_multiple_of_a_vector():
+    room = Room()
+    for size in (1, 1000, 518_400, 3_000_000, 10):
+        whole = room.whole(size)
+        assert len(whole) >= size and whole.ctypes.data % 16 == 8
 
 
 @pytest.mark.soak
