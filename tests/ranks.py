@@ -21,6 +21,7 @@ def free_port() -> int:
 def _serve(connection) -> None:
     while (task := connection.recv()) is not None:
         function, arguments, environment = task
+        os.environ.clear()
         os.environ.update(environment)
         try:
             connection.send((True, function(*arguments)))
@@ -54,7 +55,8 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, ranks: int, function: Callable, *arguments, timeout: float = 300) -> list:
-        """Run ``function(*arguments)`` on ranks 0..ranks-1 of a fresh world."""
+        """Run ``function(*arguments)`` on ranks 0..ranks-1 of a fresh world, with this process's
+        environment."""
         self._start(ranks)
         world = {
             "WORLD_SIZE": str(ranks),
@@ -64,7 +66,7 @@ class Ranks:
             "OMP_NUM_THREADS": "1",
         }
         for rank, connection in enumerate(self.connections[:ranks]):
-            environment = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = dict(os.environ) | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             connection.send((function, arguments, environment))
         results = []
         for rank, connection in enumerate(self.connections[:ranks]):

@@ -13,7 +13,7 @@ import torch
 
 from mmi_megatron.train import checkpoint_folder
 from mmi_megatron.train.storage import Folder
-from tests.ranks import Ranks, free_port
+from tests.ranks import free_port
 from tests.test_checkpoint import STEPS, adam_state, read, same
 
 pytestmark = pytest.mark.soak
@@ -24,6 +24,7 @@ def bucket(tmp_path_factory):
     """Address of an empty bucket of a server that is gone with the module."""
     import boto3
     import requests
+    import s3fs
 
     port = free_port()
     log = (tmp_path_factory.mktemp("moto") / "log").open("w")
@@ -46,17 +47,11 @@ def bucket(tmp_path_factory):
             assert time.monotonic() < end and server.poll() is None, "the server did not start"
             time.sleep(0.2)
     boto3.client("s3").create_bucket(Bucket="runs")
+    s3fs.S3FileSystem.clear_instance_cache()  # one of them may know a server of another file's tests
     yield "s3://runs"
     patch.undo()
     server.terminate()
     server.wait()
-
-
-@pytest.fixture(scope="module")
-def pool(bucket):
-    """Processes started after the server: they inherit where it is."""
-    with Ranks() as pool:
-        yield pool
 
 
 def write(address: str, stage: Path) -> dict:
@@ -76,27 +71,27 @@ def write(address: str, stage: Path) -> dict:
         return result | {"later": run.train(3)}
 
 
-def test_a_run_is_kept_in_a_bucket_and_goes_on_from_there(bucket, pool, tmp_path):
+def test_a_run_is_kept_in_a_bucket_and_goes_on_from_there(bucket, ranks, tmp_path):
     address = f"{bucket}/first"
-    before = pool.run(2, write, address, tmp_path)
+    before = ranks.run(2, write, address, tmp_path)
     names = [path.name for path in checkpoint_folder.by_step(address)]
     assert names == ["step_0000002", "step_0000003"]
     newest = checkpoint_folder.newest(address)
     assert newest is not None and newest.name == "step_0000003"
     assert checkpoint_folder.verify(newest) == []
     assert not [file for file in tmp_path.rglob("*") if file.is_file()], "staged files were left behind"
-    after = pool.run(2, read, 2, newest.address)
+    after = ranks.run(2, read, 2, newest.address)
     for old, new in zip(before, after, strict=True):
         same(new["weights"], old["weights"])
         same(new["state"], old["state"])
         assert new["later"] == old["later"]
-    (alone,) = pool.run(1, read, 1, newest.address)
+    (alone,) = ranks.run(1, read, 1, newest.address)
     same(alone["weights"], before[0]["weights"])
 
 
-def test_what_has_no_marker_or_is_damaged_is_not_taken(bucket, pool, tmp_path):
+def test_what_has_no_marker_or_is_damaged_is_not_taken(bucket, ranks, tmp_path):
     address = f"{bucket}/second"
-    pool.run(2, write, address, tmp_path)
+    ranks.run(2, write, address, tmp_path)
     newest = Folder(address) / "step_0000003"
     name = max((n for n in newest.files() if n.endswith(".distcp")), key=newest.files().__getitem__)
     data = bytearray(newest.read(name))
@@ -108,10 +103,10 @@ def test_what_has_no_marker_or_is_damaged_is_not_taken(bucket, pool, tmp_path):
     assert checkpoint_folder.newest(address).name == "step_0000002"
 
 
-def test_only_the_slices_that_are_needed_are_fetched(bucket, pool, tmp_path):
+def test_only_the_slices_that_are_needed_are_fetched(bucket, ranks, tmp_path):
     address = f"{bucket}/third"
-    pool.run(2, write, address, tmp_path)
-    fetched, whole = pool.run(2, bytes_fetched, address)[0]
+    ranks.run(2, write, address, tmp_path)
+    fetched, whole = ranks.run(2, bytes_fetched, address)[0]
     assert 0 < fetched < 0.6 * whole
 
 

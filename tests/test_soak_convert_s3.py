@@ -14,7 +14,6 @@ from mmi_megatron.convert.families import Options, conversion
 from mmi_megatron.convert.sharded import Layout
 from mmi_megatron.train.storage import Folder
 from tests import convert_models as models
-from tests.ranks import Ranks
 from tests.test_soak_checkpoint_s3 import bucket  # noqa: F401
 
 pytestmark = pytest.mark.soak
@@ -38,7 +37,7 @@ def held(init_from: list[str], out: str) -> dict[str, torch.Tensor]:
         groups.destroy()
 
 
-def test_start_and_export_from_a_bucket(bucket, tmp_path):  # noqa: F811
+def test_start_and_export_from_a_bucket(bucket, ranks, tmp_path):  # noqa: F811
     from transformers import LlamaForCausalLM
 
     model = models.llama()
@@ -48,8 +47,7 @@ def test_start_and_export_from_a_bucket(bucket, tmp_path):  # noqa: F811
     address = Folder(f"{bucket}/llama")
     for path in (tmp_path / "out").iterdir():
         address.put(path, path.name)
-    with Ranks() as pool:  # started after the server: they inherit where it is
-        results = pool.run(2, held, [address.address], str(tmp_path / "run"))
+    results = ranks.run(2, held, [address.address], str(tmp_path / "run"))
     wanted = model.state_dict()
     for found in results:
         for name, tensor in wanted.items():
