@@ -13,8 +13,9 @@ import logging
 import os
 import threading
 import time
-from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -45,6 +46,15 @@ PULL = 60.0
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
+class Client:
+    """A rank that is fed: its feed, which one request uses at a time, and the last share it was given."""
+
+    feed: Feed
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    share: Share | None = None
+
+
 class Feeder:
     """The actor of a node of trainers: plans their steps and has them made.
 
@@ -55,18 +65,18 @@ class Feeder:
     def __init__(self, settings: DataSettings):
         self.settings = settings
         self.lock = threading.Lock()
-        self.feeds: dict[str, tuple[Feed, threading.Lock]] = {}
-        self.shares: dict[str, Share] = {}
+        self.clients: dict[str, Client] = {}
         self.executor: RayActors | None = None
+        self.requests = 0
         self.asked = time.monotonic()
         collect_rarely()
         threading.Thread(target=self._end_when_idle, daemon=True).start()
 
-    def open(self, client: str, division: Division, global_rows: int, state: dict | None) -> dict[str, Any]:
+    def open(self, name: str, division: Division, global_rows: int, state: dict | None) -> dict[str, Any]:
         """Begin to feed a rank, or go on with it.
 
         Args:
-            client: name of the rank.
+            name: of the rank.
             division: which part of each step it takes.
             global_rows: rows of a step.
             state: where to start, None for the beginning.
@@ -74,72 +84,59 @@ class Feeder:
         Returns:
             The position.
         """
-        self.asked = time.monotonic()
-        stream = Stream(self.settings, "train", global_rows)
-        if state is not None:
-            stream.load_state(state)
-        with self.lock:
-            if self.executor is not None and self.executor.failure is not None:
-                self.executor.close()  # an earlier trainer has been told why
-                self.executor = None
-            self.executor = self.executor or RayActors(setup_of(stream))
-            for name, (other, _) in list(self.feeds.items()):
-                if name == client or other.division.ranks != division.ranks:  # of an earlier trainer
-                    other.drop()
-                    del self.feeds[name]
-            feed = Feed(stream, division, self.executor)
-            self.feeds[client] = feed, threading.Lock()
-            self.shares.pop(client, None)
-        return feed.state()
+        with self._request():
+            stream = Stream(self.settings, "train", global_rows)
+            if state is not None:
+                stream.load_state(state)
+            with self.lock:
+                if self.executor is not None and self.executor.failure is not None:
+                    self.executor.close()  # an earlier trainer has been told why
+                    self.executor = None
+                self.executor = self.executor or RayActors(setup_of(stream))
+                for other, client in list(self.clients.items()):
+                    if other == name or client.feed.division.ranks != division.ranks:  # an earlier trainer's
+                        client.feed.drop()
+                        del self.clients[other]
+                feed = Feed(stream, division, self.executor)
+                self.clients[name] = Client(feed)
+            return feed.state()
 
-    def next(self, client: str, number: int) -> Share:
+    def next(self, name: str, number: int) -> Share:
         """A rank's share of the step of that number, which follows the last one asked for, or is it."""
-        feed, lock = self._feed(client)
-        with lock:
-            last = self.shares.get(client)
-            if last is None or last.number != number:
-                self.shares[client] = last = feed.next()
-            if last.number != number:
-                raise DataError(
-                    f"feeder: {client} asks for step {number}, the next is {last.number}; is there another "
-                    "run with the same data settings on this node?"
-                )
-            return last
+        with self._client(name) as client:
+            return self._share(name, client, number)
 
-    def again(self, client: str, number: int, index: int) -> Produced:
+    def again(self, name: str, number: int, index: int) -> Produced:
         """A micro-batch of the share of that step made once more; this feeder may be a new one, which has
         not made it yet."""
-        self.next(client, number)
-        feed, lock = self._feed(client)
-        with lock:
-            return feed.again(index)
+        with self._client(name) as client:
+            self._share(name, client, number)
+            return client.feed.again(index)
 
-    def validation(self, client: str, *arguments: Any) -> list[Produced]:
+    def validation(self, name: str, *arguments: Any) -> list[Produced]:
         """See ``Feed.validation``."""
-        feed, lock = self._feed(client)
-        with lock:
-            return feed.validation(*arguments)
+        with self._client(name) as client:
+            return client.feed.validation(*arguments)
 
-    def heldout(self, client: str, documents: int) -> Batch:
+    def heldout(self, name: str, documents: int) -> Batch:
         """See ``Feed.heldout``."""
-        feed, lock = self._feed(client)
-        with lock:
-            return feed.heldout(documents)
+        with self._client(name) as client:
+            return client.feed.heldout(documents)
 
-    def leave(self, client: str) -> None:
+    def leave(self, name: str) -> None:
         """A rank needs no more; with the last one the actors are given back."""
         with self.lock:
-            feed, _ = self.feeds.pop(client, (None, None))
-            self.shares.pop(client, None)
-            if feed is not None:
-                feed.drop()
-            if not self.feeds and self.executor is not None:
+            client = self.clients.pop(name, None)
+            if client is not None:
+                client.feed.drop()
+            if not self.clients and self.executor is not None:
                 self.executor.close()
                 self.executor = None
 
-    def settle(self, client: str) -> None:
+    def settle(self, name: str) -> None:
         """See ``Feed.settle``."""
-        self._feed(client)[0].settle()
+        with self._client(name) as client:
+            client.feed.settle()
 
     def lost(self) -> int:
         """Actors replaced so far."""
@@ -149,18 +146,45 @@ class Feeder:
         """Node and process of each actor that is up."""
         return [a.where for a in self.executor.actors if a.where] if self.executor else []
 
-    def _feed(self, client: str) -> tuple[Feed, threading.Lock]:
-        self.asked = time.monotonic()
-        with self.lock:
-            if client not in self.feeds:
+    @staticmethod
+    def _share(name: str, client: Client, number: int) -> Share:
+        if client.share is None or client.share.number != number:
+            client.share = client.feed.next()
+        if client.share.number != number:
+            raise DataError(
+                f"feeder: {name} asks for step {number}, the next is {client.share.number}; is there another "
+                "run with the same data settings on this node?"
+            )
+        return client.share
+
+    @contextmanager
+    def _client(self, name: str) -> Iterator[Client]:
+        """A rank, for a request; another one that has begun is waited for."""
+        with self._request():
+            with self.lock:
+                client = self.clients.get(name)
+            if client is None:
                 raise DataError(
-                    f"feeder: {client} is not open; has a trainer with another number of ranks and the same "
+                    f"feeder: {name} is not open; has a trainer with another number of ranks and the same "
                     "data settings begun on this node?"
                 )
-            return self.feeds[client]
+            with client.lock:
+                yield client
+
+    @contextmanager
+    def _request(self) -> Iterator[None]:
+        """Around what somebody has asked for: the feeder is not idle."""
+        with self.lock:
+            self.requests += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.requests -= 1
+                self.asked = time.monotonic()
 
     def _end_when_idle(self) -> None:
-        while time.monotonic() - self.asked < IDLE:
+        while self.requests or time.monotonic() - self.asked < IDLE:
             time.sleep(IDLE / 10)
         os._exit(0)  # a detached actor ends with its process; its own actors end with it
 
@@ -181,6 +205,7 @@ class RemoteFeed:
         connect(settings)
         self.settings, self.division, self.global_rows = settings, division, global_rows
         self.client = f"rank {division.rank} of {division.ranks}"
+        self._opened = False
         self.feeder = self._find()
         self._state = self._call("open", self.client, division, global_rows, None)
         self._opened = True
@@ -292,7 +317,7 @@ class RemoteFeed:
                 time.sleep(0.5 * attempt)
                 self._asked = None
                 self.feeder = self._find()
-                if hasattr(self, "_opened"):
+                if self._opened:
                     self._reopen()
         raise DataError(f"{RETRIES} feeders of the data service were lost one after the other")
 

@@ -66,7 +66,7 @@ def test_the_last_rank_that_leaves_gives_the_actors_back(feeder, mixed, expected
     assert not executor.closed
     assert feeder.next("1", 1).number == 1
     feeder.leave("1")
-    assert executor.closed and feeder.executor is None and not feeder.feeds and not feeder.shares
+    assert executor.closed and feeder.executor is None and not feeder.clients
     with pytest.raises(DataError, match="1 is not open"):
         feeder.next("1", 2)
     feeder.open("1", BOTH[1], ROWS, None)
@@ -91,6 +91,24 @@ def test_pixels_are_made_again_by_a_feeder_that_has_made_nothing_yet(feeder, exp
     assert feeder.next("a", 4).number == 4
 
 
+def test_a_request_that_a_restarted_trainer_overtakes_leaves_nothing_to_it(feeder, expected):
+    feeder.open("a", ONE, ROWS, None)
+    feed = feeder.clients["a"].feed
+    make, seen = feed.next, []
+
+    def overtaken():
+        share = make()
+        seen.append(feeder.requests)  # while there are some it does not end as idle
+        feeder.open("a", ONE, ROWS, None)
+        return share
+
+    feed.next = overtaken
+    assert feeder.next("a", 0).number == 0
+    assert seen == [1] and feeder.requests == 0
+    for number in range(2):
+        assert feeder.next("a", number).checksums.tolist() == expected[number].checksums.tolist()
+
+
 def test_a_trainer_with_another_number_of_ranks_takes_over(feeder, expected):
     for division in BOTH:
         feeder.open(str(division.rank), division, ROWS, None)
@@ -105,7 +123,7 @@ def test_a_position_that_is_refused_leaves_no_actors_behind(feeder, mixed):
     state = Stream(replace(mixed, seed=9), global_rows=ROWS).state()
     with pytest.raises(ResumeError, match="seed"):
         feeder.open("a", ONE, ROWS, state)
-    assert not Actors.made and not feeder.feeds
+    assert not Actors.made and not feeder.clients
 
 
 def test_actors_that_have_failed_are_replaced_for_the_next_trainer(feeder, expected):
