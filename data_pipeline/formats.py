@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import secrets
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -201,8 +202,9 @@ class ShardWriter:
 
 
 def write_shard(path: Path, documents: Iterable[Document]) -> None:
-    """Write one shard, whole or not at all; none where there are no documents."""
-    partial = path.with_name(f".{path.stem}.partial")
+    """Write one shard, whole or not at all; none where there are no documents. Two that write the same
+    (a task that was given up and its repetition) do not meet."""
+    partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial")
     count = 0
     try:
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:

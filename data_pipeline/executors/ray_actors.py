@@ -58,13 +58,15 @@ class Maker:
 @dataclass(eq=False)
 class Actor:
     """An actor: its handle; the reference to its start, while it starts; then its node and its process;
-    its jobs with their two references, in order; and since when it is at the first, or is starting."""
+    its jobs with their two references, in order; since when it is at the first, or is starting; and whether
+    it has been said that this takes long."""
 
     handle: Any
     starting: Any
     where: tuple[str, int] | None = None
     jobs: deque[tuple[Job, Any, Any]] = field(default_factory=deque)
     since: float = 0.0
+    told: bool = False
 
 
 class RayActors:
@@ -154,6 +156,10 @@ class RayActors:
                     f"no data actor came up within {START:g} s; each needs 1 CPU {self.options['resources']} "
                     "of the Ray cluster: see `ray status`"
                 )
+            for actor in self.actors:
+                if actor.starting is not None and actor.since < begun and not actor.told:
+                    actor.told = True
+                    log.warning("a data actor has not come up within %g s: see `ray status`", START)
             late = time.monotonic() - self.settings.task_timeout
             for actor in [a for a in self.actors if a.jobs and a.since < late]:
                 self._replace(actor, f"took more than data.task_timeout={self.settings.task_timeout} seconds")
