@@ -118,7 +118,10 @@ def test_actors_the_feeder_a_trainer_and_a_whole_node_are_lost_and_the_stream_go
         if number == 20:  # a whole node, with its actors and its object store
             cluster.remove_node(cluster.decoding[0], allow_graceful=False)
         if number == 30:
-            assert ray.get(feeder.lost.remote()) >= 2
+            noticed = time.monotonic() + 60  # an actor that was starting there is missed only by and by
+            while ray.get(feeder.lost.remote()) < 2:
+                assert time.monotonic() < noticed
+                time.sleep(0.1)
             ray.kill(feeder)
         if number == 40:  # the trainer comes back, with another number of ranks
             state = made[0].state()
