@@ -7,18 +7,16 @@ busy machine moves them little. Its clock and its caches are shared with others 
 delivery are measured in turns of about half a second, each delivery against the limits right before and
 right after it, and what is reported is the median of these ratios with its quartiles.
 
-The limit is measured in a process of its own that does nothing else: where its allocator puts the pixels
-decides how libjpeg-turbo writes them (see ``decode.Room``) and moves the same calls by a tenth.
+The two calls write into memory that is placed as the decoder's is (``decode.Room``). Left to an allocator it
+is chance, another in each process, whether the same calls take a tenth longer.
 """
 
 from __future__ import annotations
 
 import io
-import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from data_pipeline.decode import Decoder
+from data_pipeline.decode import Decoder, Room
 from data_pipeline.errors import DataError
 from data_pipeline.feed import Division, open_feed
 from data_pipeline.formats import Document, write_documents
@@ -155,13 +153,6 @@ def delivering(folder: Path, executor: str, workers: int, decoder: str) -> Itera
         yield measure
 
 
-@contextmanager
-def _alone() -> Iterator[Callable[..., Any]]:
-    """Calls in a process of its own, one after the other."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        yield lambda call, *given: pool.submit(call, *given).result()
-
-
 def tree_seconds() -> float:
     """CPU seconds of this process and of all that live under it."""
     total = 0.0
@@ -205,11 +196,11 @@ def run(
     ratios: dict[str, float] = {}
     quartiles: dict[str, list[float]] = {}
     for executor in executors:
-        with _alone() as alone, delivering(folder, executor, workers, kind) as measure:
-            own, made = [alone(raw_limit, blobs, kind, REPEAT)], []
+        with delivering(folder, executor, workers, kind) as measure:
+            own, made = [raw_limit(blobs, kind, REPEAT)], []
             for _ in range(rounds):
                 made.append(measure())
-                own.append(alone(raw_limit, blobs, kind, REPEAT))
+                own.append(raw_limit(blobs, kind, REPEAT))
         limits += own
         rates.append(_total(made))
         around = [_total(own[turn : turn + 2]).each for turn in range(rounds)]
@@ -239,13 +230,15 @@ def _bare(decoder: str) -> Callable[[bytes], Any]:
         import simplejpeg
 
         cv2.setNumThreads(0)
+        room, resized = Room(), np.empty((SIZE, SIZE, 3), np.uint8)
 
         def turbo(blob: bytes) -> Any:
-            pixels = simplejpeg.decode_jpeg(blob, "RGB")
-            side = min(pixels.shape[:2])
-            top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+            height, width, *_ = simplejpeg.decode_jpeg_header(blob)
+            pixels = simplejpeg.decode_jpeg(blob, "RGB", buffer=room.whole(3 * height * width))
+            side = min(height, width)
+            top, left = (height - side) // 2, (width - side) // 2
             square = pixels[top : top + side, left : left + side]
-            return cv2.resize(square, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+            return cv2.resize(square, (SIZE, SIZE), dst=resized, interpolation=cv2.INTER_LINEAR)
 
         return turbo
 
