@@ -111,7 +111,7 @@ def _number(field: bytes) -> int:
     if field[0] in (0o200, 0o377):
         value = int.from_bytes(field[1:], "big")
         return value if field[0] == 0o200 else value - (1 << 8 * (len(field) - 1))
-    digits = field.split(b"\0", 1)[0].strip()
+    digits = field.split(b"\0", 1)[0].strip(b" ")
     if not re.fullmatch(rb"[0-7]*", digits):
         raise ValueError(f"not an octal number: {digits!r}")
     return int(digits or b"0", 8)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import fsspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
@@ -355,6 +355,8 @@ def test_any_bytes_are_no_tar_file_or_end_as_cut_short(blob):
 
 
 @given(st.integers(0, 4), st.integers(0, 511), st.integers(0, 255))
+@example(0, 148, 9)
+@example(0, 148, 32)
 @examples(max_examples=200, deadline=None)
 def test_a_changed_byte_of_a_header_is_found_or_does_no_harm(number, place, value):
     members = [(tarfile.TarInfo(f"k{i}.json"), bytes([i]) * 100) for i in range(4)]
@@ -368,8 +370,8 @@ def test_a_changed_byte_of_a_header_is_found_or_does_no_harm(number, place, valu
         found = list(headers(Bytes(bytes(blob))))
     except NotTar:
         return
-    if 148 + 6 <= place < 156 and found == whole:
-        return  # what ends the digits of the checksum, which is not part of the sum itself
+    if found == whole and (148 + 6 <= place < 156 or (place == 148 and value == ord(" "))):
+        return  # what ends the digits of the checksum, or its leading zero: no part of the sum itself
     assert len(found) == number + 1
     assert found[-1].problem == CUT_SHORT
 
