@@ -61,8 +61,9 @@ def lines(count: int, pair: bool) -> list[Line]:
         pieces = [n for text in texts for n in (-1, text)]
         sizes = rng.integers(20_000, 120_000, images).tolist()
         offsets = (at + 2048 + np.cumsum([0, *sizes[:-1]])).tolist()
+        ids = rng.integers(0, 32_000, sum(texts)).tolist()
         made.append(
-            Line(f"doc{number:07d}", at, 1500, offsets, sizes, [640] * images, [480] * images, pieces)
+            Line(f"doc{number:07d}", at, 1500, offsets, sizes, [640] * images, [480] * images, pieces, ids)
         )
         at = offsets[-1] + sizes[-1] + 512
     return made

@@ -31,7 +31,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.feed import Division, open_feed
 from data_pipeline.formats import Document, write_documents
 from data_pipeline.settings import DataSettings, SourceSettings
-from data_pipeline.storage import Range, Storage
+from data_pipeline.storage import Storage
 from data_pipeline.stream import Stream
 from data_pipeline.tokens import train_tokenizer
 
@@ -102,10 +102,9 @@ def raw_limit(blobs: list[bytes], decoder: str, repeat: int) -> Rate:
 
 
 def reading(folder: Path, repeat: int) -> Rate:
-    """All ranges of the shards, as tasks ask for them; megabytes."""
+    """Images of the shards, as tasks ask for them; megabytes."""
     stream = Stream(bench_settings(folder, "inline", 1), global_rows=1)
-    storage, tasks = Storage(), [stream.next().task([0]) for _ in range(8)]
-    ranges = [place for task in tasks for row in task.rows for address in row for place in address.ranges()]
+    storage, ranges = Storage(), [place for _ in range(8) for place in stream.next().task([0]).ranges()]
     started = time.thread_time(), time.perf_counter()
     count = 0
     for _ in range(repeat):
@@ -219,9 +218,8 @@ def run(
 def sample_blobs(folder: Path) -> list[bytes]:
     """Image files of the shards."""
     stream = Stream(bench_settings(folder, "inline", 1), global_rows=1)
-    rows = stream.next().task([0]).rows
     storage = Storage()
-    return [storage.read(Range(a.shard, *a.images[0], a.etag)) for row in rows for a in row]
+    return [storage.read(place) for place in stream.next().task([0]).ranges()]
 
 
 def _bare(decoder: str) -> Callable[[bytes], Any]:

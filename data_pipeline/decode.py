@@ -5,8 +5,10 @@ Two decoders, one rule. Where the picture is much larger than what is made of it
 needed; the rest of the way is an average over areas. Where it is not, it is decoded in full.
 
 ``pillow`` is always there. ``turbo`` (simplejpeg and OpenCV, the ``data-fast`` extra) takes the JPEGs and
-leaves the rest, and every JPEG it does not like, to ``pillow``. The two give slightly different pixels,
-so the fingerprint of the decoder is part of the data's position.
+leaves the rest, and every JPEG it does not like, to ``pillow``. It saves more where an average hides it:
+colours stored coarser than the light are repeated, not interpolated, from a shrink of ``REPEATED`` on, and
+up to ``BARELY`` the average is of a picture brought to exactly twice the size. The two decoders give slightly
+different pixels, so the fingerprint of the decoder is part of the data's position.
 """
 
 from __future__ import annotations
@@ -29,13 +31,21 @@ from data_pipeline.views import CENTER, View
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 DECODERS = ("auto", "pillow", "turbo")
-RULE = 1
+RULE = 2
 """Version of the rule; part of the fingerprint."""
 REDUCTIONS = (8, 4, 2)
 VECTOR = 64
 """Bytes; the longest vectors of any CPU."""
 OVERSIZE = 2
 """A reduced JPEG still has at least this many times the pixels a side that are asked for."""
+REPEATED = 2.1
+"""How far a JPEG's pixels must be shrunk for its colours to be repeated (libjpeg-turbo's merged upsampling).
+From there on that is at most 0.2 dB further from the picture before the encoder, at less than twice 0.3 dB in
+the median and up to 0.9: benchmarks/results/decode_quality_2026-11-21.md."""
+BARELY = 2.15
+"""Above ``OVERSIZE`` and up to here, a linear resize to exactly ``OVERSIZE`` times the size and the average of
+two by two pixels, which OpenCV has vectors for, do for the average over areas, which it has none for: a third
+of its time, and at most 0.2 dB further from the truth in the median (the same file)."""
 TURNS = {2: "h", 3: "rr", 4: "v", 5: "t", 6: "r", 7: "rrt", 8: "rrr"}
 """What an EXIF orientation takes to stand upright: h, v mirror, r a quarter to the right, t transpose."""
 
@@ -112,7 +122,7 @@ class Decoder:
                 square[...] = found[:, ::-1] if view.mirrored else found
             return
         for square in out:
-            _resize_turbo(pixels, square, view)
+            resize(pixels, square, view)
 
     def _pillow(self, blob: bytes, target: int) -> tuple[Image.Image, bool]:
         image = open_image(blob, self.max_pixels)
@@ -130,15 +140,17 @@ class Decoder:
                 return None
             factor = reduction((width, height), target)
             rows, columns = -(-height // factor), -(-width // factor)
+            repeated = min(rows, columns) >= REPEATED * target
+            turns = TURNS.get(_orientation(blob))  # first: the decode drives the file out of the cache
             room = self._room.whole(3 * rows * columns)
             if factor == 1:
-                pixels = simplejpeg.decode_jpeg(blob, "RGB", buffer=room)
+                pixels = simplejpeg.decode_jpeg(blob, "RGB", fastupsample=repeated, buffer=room)
             else:
                 least = {"min_height": rows, "min_width": columns, "min_factor": float(factor)}
-                pixels = simplejpeg.decode_jpeg(blob, "RGB", buffer=room, **least)
+                pixels = simplejpeg.decode_jpeg(blob, "RGB", fastupsample=repeated, buffer=room, **least)
         except ValueError:
             return None
-        return _turned(pixels, TURNS.get(_orientation(blob), ""))
+        return _turned(pixels, turns) if turns else pixels
 
 
 def reduction(size: tuple[int, int], target: int) -> int:
@@ -226,16 +238,27 @@ def _libjpeg() -> str:
     return str(features.version("libjpeg_turbo") or features.version("jpg"))
 
 
-def _resize_turbo(pixels: np.ndarray, out: np.ndarray, view: View) -> None:
+def resize(pixels: np.ndarray, out: np.ndarray, view: View) -> None:
+    """A square of a picture brought to size as ``turbo`` does it.
+
+    Args:
+        pixels: uint8 [h, w, 3].
+        out: uint8 [size, size, 3]; filled.
+        view: which square.
+    """
     cv2, _ = _turbo()
     size = len(out)
     height, width, _ = pixels.shape
-    left, top, side = map(int, view.box(width, height))
+    x, y, edge = view.box(width, height)
+    left, top, side = int(x), int(y), int(edge)
     square = pixels[top : top + side, left : left + side]
+    if OVERSIZE * size < side <= BARELY * size:
+        side = OVERSIZE * size
+        square = cv2.resize(square, (side, side), None, 0, 0, cv2.INTER_LINEAR)
     if side != size:
-        way = cv2.INTER_AREA if side >= OVERSIZE * size else cv2.INTER_LINEAR
-        way = way if side > size else cv2.INTER_CUBIC
-        square = cv2.resize(square, (size, size), dst=None if view.mirrored else out, interpolation=way)
+        enlarged, averaged = side < size, side >= OVERSIZE * size
+        way = cv2.INTER_CUBIC if enlarged else cv2.INTER_AREA if averaged else cv2.INTER_LINEAR
+        square = cv2.resize(square, (size, size), None if view.mirrored else out, 0, 0, way)
     if view.mirrored:
         cv2.flip(square, 1, dst=out)
     elif side == size:
@@ -243,8 +266,6 @@ def _resize_turbo(pixels: np.ndarray, out: np.ndarray, view: View) -> None:
 
 
 def _turned(pixels: np.ndarray, turns: str) -> np.ndarray:
-    if not turns:
-        return pixels
     for turn in turns:
         if turn == "r":
             pixels = np.rot90(pixels, -1)

@@ -1,11 +1,11 @@
-"""What is in the shards, found in one pass: where each document's bytes lie and how long it is.
+"""What is in the shards, found in one pass: each document's text as tokens, and where its images lie.
 
 Beside a shard lies its index, ``000000.tar.<tokenizer>.parquet``: one line a document, first the good
 ones in the order of the shard, then the bad ones with their reason (``COLUMNS``); it is made anew when
 the shard's size or ETag changes. Beside the shards of a source lies ``manifest.<tokenizer>.parquet``:
 one line a shard, with its counts and the digest of its index. A stream reads the manifest when it
 starts, and the index of a shard when documents of it are planned, so a corpus of 100,000 shards takes
-little memory.
+little memory. A run trains on the text that was indexed; of the shards it reads the images alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from data_pipeline.storage import Stamp, Storage, StoredFile
 from data_pipeline.tables import read_table, write_table
 from data_pipeline.tokens import Tokenizer
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_IMAGES = 1 << IMAGE_ID_BITS
 IMAGE = -1
 """In place of a number of tokens: the piece is an image."""
@@ -45,7 +45,9 @@ COLUMNS = pa.schema(
         ("widths", pa.list_(pa.int32())),  # pixels, from the header; 0 where it cannot be read
         ("heights", pa.list_(pa.int32())),
         ("pieces", pa.list_(pa.int32())),  # tokens of each text, -1 for an image
+        ("token_ids", pa.list_(pa.int32())),  # of all texts, one after the other
         ("text_bytes", pa.int64()),
+        ("text_digest", pa.string()),  # of all texts, whatever the tokenizer
         ("tokens", pa.int64()),  # of all texts together
         ("language", pa.string()),  # metadata's "language" or "lang", empty when unknown
         ("flags", pa.list_(pa.string())),  # what is odd and does no harm
@@ -64,6 +66,7 @@ class Entry(NamedTuple):
         json: offset and size of its JSON.
         images: offset and size of each image's file, in the order of the content.
         pieces: tokens of each piece of text, ``IMAGE`` for an image.
+        tokens: ids of all texts, one after the other; int32 or uint16.
     """
 
     shard: int
@@ -71,6 +74,7 @@ class Entry(NamedTuple):
     json: tuple[int, int]
     images: list[tuple[int, int]]
     pieces: list[int]
+    tokens: np.ndarray
 
 
 @dataclass
@@ -85,7 +89,9 @@ class Line:
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
     pieces: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     text_bytes: int = 0
+    text_digest: str = ""
     tokens: int = 0
     language: str = ""
     flags: list[str] = field(default_factory=list)
@@ -98,30 +104,44 @@ class ShardIndex:
 
     Args:
         table: of ``COLUMNS``; its metadata ``mmi`` holds stamp, tokenizer, documents and digest.
+
+    Attributes:
+        tokens: int64 [documents], of all texts of each.
+        images: int64 [documents], of each.
     """
 
     def __init__(self, table: pa.Table, about: dict):
         self.about = about
         good = table.slice(0, about["documents"])
-        self._keys = good["key"].combine_chunks()
+        self._keys = good["key"].to_pylist()
         self._json = [good[name].to_numpy() for name in ("json_offset", "json_size")]
         self._rows: dict[tuple[str, float], np.ndarray] = {}
-        self._lists = [_ragged(good[name]) for name in ("image_offsets", "image_sizes", "pieces")]
+        offsets, self._image_starts = _ragged(good["image_offsets"])
+        sizes, _ = _ragged(good["image_sizes"])
+        self._places = np.stack([offsets, sizes], 1)
+        self._pieces, self._piece_starts = _ragged(good["pieces"])
+        ids, self._token_starts = _ragged(good["token_ids"])
+        self._ids = ids.astype(np.uint16) if len(ids) and ids.max() < 1 << 16 else ids
+        self.tokens = np.diff(self._token_starts)
+        self.images = np.diff(self._image_starts)
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def keys(self) -> list[str]:
         """Names of the documents."""
-        return self._keys.to_pylist()
+        return self._keys
 
     def entry(self, row: int, shard: int = 0) -> Entry:
         """A document by its place in the shard."""
-        offsets, sizes, pieces = (
-            values[starts[row] : starts[row + 1]].tolist() for values, starts in self._lists
+        return Entry(
+            shard,
+            self._keys[row],
+            (self._json[0].item(row), self._json[1].item(row)),
+            list(map(tuple, self._places[_span(self._image_starts, row)].tolist())),
+            self._pieces[_span(self._piece_starts, row)].tolist(),
+            self._ids[_span(self._token_starts, row)],
         )
-        place = int(self._json[0][row]), int(self._json[1][row])
-        return Entry(shard, self._keys[row].as_py(), place, list(zip(offsets, sizes, strict=True)), pieces)
 
     def rows(self, split: str, holdout: float) -> np.ndarray:
         """Places of the documents of a split: int64."""
@@ -172,7 +192,7 @@ def index_shard(
     digest = hashlib.blake2b(digest_size=16)
     for line in good:
         place = [line.json_offset, line.json_size, line.image_offsets, line.image_sizes]
-        digest.update(json.dumps([line.key, *place]).encode())
+        digest.update(json.dumps([line.key, *place, line.text_digest]).encode())
     lines = [*good, *bad]
     table = pa.table(
         {name: [getattr(line, name) for line in lines] for name in COLUMNS.names}, schema=COLUMNS
@@ -223,17 +243,22 @@ def _line(file: StoredFile, key: str, members: Sequence[Member], tokenizer: Toke
     head = by_name["json"]
     content, metadata = parse_content(file.read(head.offset, head.size))
     line = Line(key, head.offset, head.size)
+    texts = hashlib.blake2b(digest_size=8)
     for kind, value in content:
         if kind == "text":
-            line.pieces.append(len(tokenizer.encode(value)))
-            line.tokens += line.pieces[-1]
+            ids = tokenizer.encode(value)
+            line.pieces.append(len(ids))
+            line.token_ids += ids
+            line.tokens += len(ids)
             line.text_bytes += len(value.encode())
+            texts.update(value.encode())
             continue
         if value not in by_name or value == "json":
             raise BadSample("image is missing", value)
         if len(line.image_sizes) == MAX_IMAGES:
             raise BadSample("document has too many images", f"at most {MAX_IMAGES}")
         _add_image(line, file, by_name[value])
+    line.text_digest = texts.hexdigest()
     language = metadata.get("language", metadata.get("lang", ""))
     line.language = language[:16] if isinstance(language, str) else ""
     return line
@@ -259,7 +284,11 @@ def _add_image(line: Line, file: StoredFile, member: Member) -> None:
 
 
 def _ragged(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and offsets of a column of lists."""
+    """Values and offsets of a column of lists; the first offset is 0."""
     whole = column.combine_chunks()
-    starts = whole.offsets.to_numpy()
-    return whole.values.to_numpy(zero_copy_only=False), starts
+    starts = whole.offsets.to_numpy().astype(np.int64)
+    return whole.flatten().to_numpy(zero_copy_only=False), starts - starts[0]
+
+
+def _span(starts: np.ndarray, row: int) -> slice:
+    return slice(starts.item(row), starts.item(row + 1))

@@ -30,26 +30,21 @@ class Permutation:
         self.key = key
         self._half = max(1, ((count - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half) - 1
-        self._rounds: tuple[dict[int, int], ...] = ({}, {}, {}, {})
+        self._rounds = np.full((4, self._mask + 1), -1)  # not known yet
 
-    def __call__(self, index: int) -> int:
-        """Where ``index`` goes."""
+    def __call__(self, first: int, count: int) -> np.ndarray:
+        """Where ``count`` things from ``first`` on go: int64 [count]."""
         half, mask = self._half, self._mask
-        while True:
-            left, right = index >> half, index & mask
-            for number, kept in enumerate(self._rounds):
-                value = kept.get(right)
-                if value is None:
-                    value = kept[right] = keyed(*self.key, number, right) & mask
-                left, right = right, left ^ value
-            index = left << half | right
-            if index < self.count:
-                return index
-
-
-def permuted(index: int, count: int, *key: int) -> int:
-    """Where ``index`` goes in a keyed permutation of ``count`` things; see ``Permutation``."""
-    return Permutation(count, *key)(index)
+        found, out = np.arange(first, first + count), np.arange(count)
+        while len(out):
+            left, right = found[out] >> half, found[out] & mask
+            for number, values in enumerate(self._rounds):
+                for new in np.unique(right[values[right] < 0]).tolist():
+                    values[new] = keyed(*self.key, number, new) & mask
+                left, right = right, left ^ values[right]
+            found[out] = left << half | right
+            out = out[found[out] >= self.count]
+        return found
 
 
 def shuffled(count: int, *key: int) -> np.ndarray:
@@ -83,7 +78,7 @@ class Part(NamedTuple):
         source: number of the source.
         number: number of the document in the source.
         flipped: the pieces are taken in reverse order (pairs).
-        segments: what it holds, in order.
+        segments: what it holds, in order; None for all of the document.
         first_image: images of the document before this part.
         images: images in it.
         length: tokens, BOS and EOS included.
@@ -94,7 +89,7 @@ class Part(NamedTuple):
     source: int
     number: int
     flipped: bool
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment, ...] | None
     first_image: int
     images: int
     length: int

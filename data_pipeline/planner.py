@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -38,7 +38,6 @@ class Block:
         start, end: of its documents' places in the pass.
         shards: their numbers; ``ends``: documents up to the end of each.
         order: of its documents.
-        numbers: of the documents of each shard that was asked for, by its place in ``shards``.
     """
 
     epoch: int
@@ -47,7 +46,6 @@ class Block:
     shards: list[int]
     ends: list[int]
     order: Permutation
-    numbers: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 class Order:
@@ -70,16 +68,30 @@ class Order:
         self._pass = lru_cache(maxsize=2)(self._arranged)
         self._block: Block | None = None
 
-    def number(self, epoch: int, index: int) -> int:
-        """Number in its source of the document that comes ``index``-th in a pass."""
-        block = self._block
-        if block is None or block.epoch != epoch or not block.start <= index < block.end:
-            block = self._block = self._opened(epoch, index)
-        place = block.order(index - block.start)
-        at = bisect_right(block.ends, place)
-        if at not in block.numbers:
-            block.numbers[at] = self.source.numbers(self.split, block.shards[at])
-        return int(block.numbers[at][place - (block.ends[at - 1] if at else 0)])
+    def drawn(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
+        """The documents that come ``first``-th and later, over all passes.
+
+        Returns:
+            Each pass that they are of, and the numbers of its documents in their source: int64.
+        """
+        while count:
+            epoch, index = divmod(first, self.documents)
+            block = self._block
+            if block is None or block.epoch != epoch or not block.start <= index < block.end:
+                block = self._block = self._opened(epoch, index)
+            taken = min(count, block.end - index)
+            yield epoch, self._numbers(block, block.order(index - block.start, taken))
+            first, count = first + taken, count - taken
+
+    def _numbers(self, block: Block, places: np.ndarray) -> np.ndarray:
+        """Numbers of the documents at some places of a block."""
+        numbers = np.empty(len(places), np.int64)
+        inside = np.searchsorted(block.ends, places, side="right")
+        for at in np.unique(inside).tolist():
+            own = inside == at
+            shard = self.source.numbers(self.split, block.shards[at])
+            numbers[own] = shard[places[own] - (block.ends[at - 1] if at else 0)]
+        return numbers
 
     def _opened(self, epoch: int, index: int) -> Block:
         """The block that holds the ``index``-th document of a pass; the indexes of its shards are read."""
@@ -165,14 +177,12 @@ class Planner:
         """
         self.check()
         mix, after = self.mix(sum(drawn)), list(drawn)
-        parts: list[list[Part]] = [[] for _ in after]
         for _ in range(self.settings.window):
-            source = mix.next_source(after)
-            parts[source] += self.sample(source, after[source])
-            after[source] += 1
-        rows = [row for own in parts for row in self.pack(own)]
+            after[mix.next_source(after)] += 1
+        samples = [self.samples(n, a, b - a) for n, (a, b) in enumerate(zip(drawn, after, strict=True))]
+        rows = [row for own in samples for row in self.pack(own)]
         order = Permutation(len(rows), self.settings.seed, ROWS, sum(drawn))
-        return [rows[order(index)] for index in range(len(rows))], after
+        return [rows[index] for index in order(0, len(rows)).tolist()], after
 
     def mix(self, position: int) -> Mix:
         """The weights at a position, in samples of all sources."""
@@ -199,11 +209,23 @@ class Planner:
             raise ResumeError("data position: its weights are not those of these sources")
         self.mixes = mixes
 
-    def sample(self, source: int, draw: int) -> list[Part]:
-        """The parts of a source's ``draw``-th sample: each pass over the source has its own order."""
-        order = self.orders[source]
-        epoch, index = divmod(draw, order.documents)
-        return self.parts(source, order.number(epoch, index), epoch, random_views=True)
+    def samples(self, source: int, first: int, count: int) -> list[Part]:
+        """The parts of a source's ``first``-th and later samples: each pass over it has its own order."""
+        room, most = self.settings.context_length, self.settings.max_images_per_row
+        corpus = self.corpus.sources[source]
+        parts: list[Part] = []
+        for epoch, numbers in self.orders[source].drawn(first, count):
+            texts, images = corpus.sizes(numbers)
+            lengths = 2 + texts + (self.settings.image_tokens + 1) * images
+            whole = (lengths <= room) & (images <= (room if most is None else most))
+            columns = (column.tolist() for column in (numbers, lengths, images, whole))
+            for number, length, pictures, fits in zip(*columns, strict=True):
+                if fits:
+                    flipped, view = self._seen(source, number, epoch, True)
+                    parts.append(Part(source, number, flipped, None, 0, pictures, length, True, view))
+                else:
+                    parts += self.parts(source, number, epoch, random_views=True)
+        return parts
 
     def parts(self, source: int, number: int, epoch: int, random_views: bool = False) -> list[Part]:
         """The parts of a document as it is seen in a pass over its source.
@@ -214,14 +236,9 @@ class Planner:
             random_views: whether its images are cropped and mirrored as the source's settings say; for
                 validation they are not.
         """
-        corpus = self.corpus.sources[source]
-        pair = corpus.settings.kind == "pairs"
-        view = None
-        if random_views and is_random(corpus.settings):
-            view = keyed(self.settings.seed, VIEW, source, epoch, number) >> 1  # a key has 63 bits
-        flipped = pair and keyed(self.settings.seed, FLIP, source, epoch, number) & 1 == 1
+        flipped, view = self._seen(source, number, epoch, random_views)
         return parts_of(
-            corpus.entry(number).pieces,
+            self.corpus.sources[source].entry(number).pieces,
             source,
             number,
             room=self.settings.context_length,
@@ -230,6 +247,14 @@ class Planner:
             flipped=flipped,
             view=view,
         )
+
+    def _seen(self, source: int, number: int, epoch: int, random_views: bool) -> tuple[bool, int | None]:
+        """``flipped`` and ``view`` of a document's parts in a pass."""
+        own, view = self.corpus.sources[source].settings, None
+        if random_views and is_random(own):
+            view = keyed(self.settings.seed, VIEW, source, epoch, number) >> 1  # a key has 63 bits
+        flipped = own.kind == "pairs" and keyed(self.settings.seed, FLIP, source, epoch, number) & 1 == 1
+        return flipped, view
 
     def pack(self, parts: list[Part]) -> list[list[Part]]:
         """Rows of parts of one source."""
@@ -240,4 +265,5 @@ class Planner:
         order = Order(
             self.corpus.sources[source], "heldout", self.settings.shuffle_shards, VALIDATION, source
         )
-        return (order.number(0, index) for index in range(order.documents))
+        for _, numbers in order.drawn(0, order.documents):
+            yield from numbers.tolist()

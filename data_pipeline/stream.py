@@ -21,11 +21,11 @@ from data_pipeline.errors import BadSample, DataError
 from data_pipeline.formats import Document
 from data_pipeline.plan import SAMPLE_BITS, Part
 from data_pipeline.planner import Planner
-from data_pipeline.produce import Producer, failure_of
-from data_pipeline.quarantine import Ledger
+from data_pipeline.produce import Producer
+from data_pipeline.quarantine import Failure, Ledger
 from data_pipeline.settings import DataSettings, check_settings, whole_weights
 from data_pipeline.state import SCHEMA, check_state, fixed_settings
-from data_pipeline.task import Address, Produced, Task
+from data_pipeline.task import Layout, Produced, Task
 from data_pipeline.tokens import load_tokenizer
 
 
@@ -219,16 +219,18 @@ class Stream:
         for index in self._heldout(number):
             if len(found) == documents:
                 break
-            address = self.address(self.planner.parts(number, index, 0)[0])
-            name = address.source
+            own = self.corpus.sources[number]
             try:
-                document = self.producer.document(address)
+                document = own.document(index)
                 for blob in document.images:
                     decode(blob, self.settings.max_pixels)
                 found.append(document)
-                self.ledger.record({name: 1}, [])
+                self.ledger.record({own.settings.name: 1}, [])
             except BadSample as bad:
-                self.ledger.record({name: 1}, [failure_of(address, bad)])
+                entry = own.entry(index)
+                shard = own.shards[entry.shard].url.rpartition("/")[2]
+                failure = Failure(own.settings.name, shard, entry.key, bad.reason, bad.detail)
+                self.ledger.record({own.settings.name: 1}, [failure])
         return found
 
     def row_of(self, documents: Document | list[Document], end: bool = True, source: str | int = 0) -> Batch:
@@ -244,46 +246,34 @@ class Stream:
         """
         given = [documents] if isinstance(documents, Document) else documents
         number = self._source(source)
-        pair = self.settings.sources[number].kind == "pairs"
-        rows = []
+        layout = Layout(self.tokenizer.special, self.settings)
         for document in given:
             digest = hashlib.blake2b(document.key.encode(), digest_size=8).digest()
             sample = int.from_bytes(digest, "little") >> (64 - SAMPLE_BITS)
-            slot = self.producer.slot_of(document, number, pair, sample, end)
-            if slot.length > self.settings.context_length:
+            pieces = [self.tokenizer.encode(p) if isinstance(p, str) else None for p in document.content]
+            length = layout.document(number, sample, document.key, pieces, end)
+            layout.end_row(fill=False)
+            if length > self.settings.context_length:
                 raise DataError(
-                    f"document {document.key!r}: {slot.length} tokens, more than "
+                    f"document {document.key!r}: {length} tokens, more than "
                     f"data.context_length={self.settings.context_length}; shorten it"
                 )
-            rows.append([slot])
-        batch = self.producer.assemble(rows)
-        for document, (slot,) in zip(given, rows, strict=True):
-            if slot.failure is not None:
-                raise DataError(f"document {document.key!r}: {slot.failure}")
+        blobs = [blob for document in given for blob in document.images]
+        batch, bad = self.producer.assemble(layout.task(), blobs)
+        for index, why in bad.items():
+            raise DataError(f"document {given[index].key!r}: {why}")
         return batch
-
-    def address(self, part: Part) -> Address:
-        """Where the bytes of a planned part lie."""
-        source = self.corpus.sources[part.source]
-        entry = source.entry(part.number)
-        shard = source.shards[entry.shard]
-        return Address(
-            part,
-            source.settings.name,
-            source.settings.kind == "pairs",
-            shard.url,
-            shard.stamp.etag,
-            entry.key,
-            entry.json,
-            tuple(entry.images),
-            tuple(entry.pieces),
-        )
 
     def task(self, rows: list[list[Part]]) -> Task:
         """What a worker needs to make a micro-batch of planned rows."""
-        images = sum(part.images for row in rows for part in row)
-        nbytes = 3 * images * (self.settings.image_size**2 + self.settings.drawn_size**2)
-        return Task(tuple(tuple(map(self.address, row)) for row in rows), nbytes)
+        layout = Layout(self.tokenizer.special, self.settings)
+        for row in rows:
+            for part in row:
+                source = self.corpus.sources[part.source]
+                entry = source.entry(part.number)
+                layout.part(part, entry, source.places[entry.shard])
+            layout.end_row(fill=True)
+        return layout.task()
 
     def produce(self, rows: list[list[Part]]) -> Batch:
         """Make a micro-batch of planned rows here and now."""

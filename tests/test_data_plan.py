@@ -13,7 +13,7 @@ from data_pipeline.index import IMAGE
 from data_pipeline.keys import keyed
 from data_pipeline.mix import next_source
 from data_pipeline.pack import pack
-from data_pipeline.plan import Part, parts_of, permuted, split_document
+from data_pipeline.plan import Part, Permutation, parts_of, split_document
 from data_pipeline.planner import Order
 from data_pipeline.settings import DataSettings, SourceSettings, check_settings, whole_weights
 
@@ -21,17 +21,24 @@ from data_pipeline.settings import DataSettings, SourceSettings, check_settings,
 @given(st.integers(1, 400), st.integers(-5, 5), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
 def test_permutation_meets_each_once_and_depends_on_its_key(count, seed, epoch):
-    order = [permuted(i, count, seed, epoch) for i in range(count)]
+    permutation = Permutation(count, seed, epoch)
+    order = permutation(0, count).tolist()
     assert sorted(order) == list(range(count))
+    assert [Permutation(count, seed, epoch)(i, 1).item() for i in range(count)] == order
+    assert permutation(count // 2, count - count // 2).tolist() == order[count // 2 :]
     if count > 20:
-        assert order != [permuted(i, count, seed, epoch + 1) for i in range(count)]
+        assert order != Permutation(count, seed, epoch + 1)(0, count).tolist()
+
+
+def test_the_order_is_the_one_that_runs_have_begun_with():
+    assert Permutation(12, 7, 1)(0, 12).tolist() == [5, 10, 2, 8, 7, 6, 4, 11, 3, 1, 9, 0]
 
 
 def test_permutation_is_uniform_and_cheap_far_out():
-    starts = Counter(permuted(0, 10, seed) for seed in range(2000))
+    starts = Counter(Permutation(10, seed)(0, 1).item() for seed in range(2000))
     assert len(starts) == 10
     assert max(starts.values()) < 300
-    assert 0 <= permuted(10**11, 10**11 + 7, 3) < 10**11 + 7
+    assert 0 <= Permutation(10**11 + 7, 3)(10**11, 1).item() < 10**11 + 7
     assert keyed(1, 2) != keyed(2, 1)
 
 
@@ -198,6 +205,11 @@ def order_of(shards: list[int], together: int, seed: int) -> Order:
     return Order(Numbers(), "train", together, seed)
 
 
+def drawn(order, first, count):
+    """Numbers of documents."""
+    return [number for _, numbers in order.drawn(first, count) for number in numbers.tolist()]
+
+
 @given(
     st.lists(st.integers(0, 9), min_size=1, max_size=20).filter(any), st.integers(1, 6), st.integers(0, 99)
 )
@@ -207,9 +219,13 @@ def test_a_pass_meets_every_document_once_with_few_shards_open(shards, together,
     total = sum(shards)
     starts = np.cumsum([0, *shards])
     for epoch in (0, 1):
-        met = [order.number(epoch, index) for index in range(total)]
+        met = drawn(order, epoch * total, total)
         assert sorted(met) == list(range(total))
-        assert met[total // 2] == order_of(shards, together, seed).number(epoch, total // 2)  # no state
+        anew = order_of(shards, together, seed)  # no state
+        assert drawn(anew, epoch * total + total // 2, total) == [
+            *met[total // 2 :],
+            *drawn(order, (epoch + 1) * total, total // 2),
+        ]
         own = [int(np.searchsorted(starts, number, side="right")) - 1 for number in met]
         spans = [(own.index(s), len(own) - own[::-1].index(s)) for s in set(own)]
         assert all(sum(a <= at < b for a, b in spans) <= together for at in range(total))

@@ -93,8 +93,10 @@ def test_every_executor_and_number_of_ranks_sees_the_same_views(random):
 
 def test_another_pass_another_view_and_both_sizes_show_the_same(random):
     stream = Stream(random, global_rows=1)
-    first, second = (stream.planner.sample(0, draw) for draw in (0, stream.planner.orders[0].documents))
-    assert first[0].view != second[0].view
+    documents = stream.planner.orders[0].documents
+    first, second = (stream.planner.samples(0, draw, documents) for draw in (0, documents))
+    views = [{part.number: part.view for part in parts} for parts in (first, second)]
+    assert all(views[0][number] != views[1][number] for number in views[0])
     pixels: dict[int, list[bytes]] = {}
     for _ in range(60):
         batch = stream.next().batches(0, 1, 1, 1)[0]
