@@ -39,13 +39,13 @@ VECTOR = 64
 OVERSIZE = 2
 """A reduced JPEG still has at least this many times the pixels a side that are asked for."""
 REPEATED = 2.1
-"""How far a JPEG's pixels must be shrunk for its colours to be repeated (libjpeg-turbo's merged upsampling).
-From there on that is at most 0.2 dB further from the picture before the encoder, at less than twice 0.3 dB in
-the median and up to 0.9: benchmarks/results/decode_quality_2026-11-21.md."""
+"""From this shrink on a JPEG's colours are repeated (libjpeg-turbo's merged upsampling), not interpolated.
+On photographs that is then at most 0.2 dB further from the picture before the encoder; from 1.25 to 2 it
+would be 0.3 in the median and up to 1: benchmarks/results/decode_quality_2026-11-21.md."""
 BARELY = 2.15
-"""Above ``OVERSIZE`` and up to here, a linear resize to exactly ``OVERSIZE`` times the size and the average of
-two by two pixels, which OpenCV has vectors for, do for the average over areas, which it has none for: a third
-of its time, and at most 0.2 dB further from the truth in the median (the same file)."""
+"""Above ``OVERSIZE`` and up to this shrink, a linear resize to exactly ``OVERSIZE`` times the size and the
+average of two by two pixels stand for the average over areas: OpenCV takes a third of the time, and on
+photographs it is 0.15 dB further from the truth in the median (the same file)."""
 TURNS = {2: "h", 3: "rr", 4: "v", 5: "t", 6: "r", 7: "rrt", 8: "rrr"}
 """What an EXIF orientation takes to stand upright: h, v mirror, r a quarter to the right, t transpose."""
 

@@ -9,26 +9,46 @@ from PIL import Image
 from data_pipeline.decode import Decoder, Room, crop, decode, reduction
 from data_pipeline.errors import BadSample, ResumeError, SettingsError
 from data_pipeline.stream import Stream
+from data_pipeline.views import CENTER, View
 from tests.data_corpora import cut_jpeg, documents, huge_png, make_settings
 
 PIXELS = 1 << 30
 
 
-def scene(width: int, height: int, orientation: int = 1, kind: str = "JPEG") -> bytes:
+def scene(width: int, height: int, orientation: int = 1, kind: str = "JPEG", **coding) -> bytes:
     """A picture with large shapes and fine detail, different in every corner."""
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     waves = [np.sin(9 * x + 4 * y) + 0.3 * np.sin(90 * x * y), x - y, np.cos(14 * y) * x]
     pixels = np.stack([127 + 90 * wave for wave in waves], -1).clip(0, 255).astype(np.uint8)
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(pixels).save(file, kind, quality=92, exif=exif)
+    Image.fromarray(pixels).save(file, kind, quality=92, exif=exif, **coding)
     return file.getvalue()
 
 
-def squares(decoder: Decoder, blob: bytes, *sizes: int) -> list[np.ndarray]:
+def squares(decoder: Decoder, blob: bytes, *sizes: int, view: View = CENTER) -> list[np.ndarray]:
     out = [np.empty((size, size, 3), np.uint8) for size in sizes]
-    decoder.squares(blob, out)
+    decoder.squares(blob, out, view)
     return out
+
+
+def by_hand(blob: bytes, size: int, repeated: bool, ways: str, factor: int = 1, crop: int = 0) -> np.ndarray:
+    """The calls of the two libraries the rule asks for: ``ways`` names those of OpenCV, in turn."""
+    import cv2
+    import simplejpeg
+
+    height, width, *_ = simplejpeg.decode_jpeg_header(blob)
+    least = {"min_height": height // factor, "min_width": width // factor, "min_factor": float(factor)}
+    pixels = simplejpeg.decode_jpeg(blob, "RGB", fastupsample=repeated, **(least if factor > 1 else {}))
+    height, width, _ = pixels.shape
+    side = crop or min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = pixels[top : top + side, left : left + side]
+    for way in ways.split():
+        to = 2 * size if way == "double" else size
+        chosen = {"cubic": cv2.INTER_CUBIC, "area": cv2.INTER_AREA}.get(way, cv2.INTER_LINEAR)
+        square = cv2.resize(square, (to, to), interpolation=chosen)
+    return square
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
@@ -68,7 +88,7 @@ def test_both_sizes_come_from_one_decode_and_bad_images_are_named(name):
     for blob in (cut_jpeg(), huge_png(), b"\xff\xd8 no image", b"", scene(3000, 2000)):
         with pytest.raises(BadSample):
             squares(decoder, blob, 32)
-    assert name in decoder.fingerprint
+    assert decoder.fingerprint.startswith(f"{name}, rule 2, ")  # up with every change of a pixel
 
 
 def test_room_for_pixels_never_begins_at_a_multiple_of_a_vector():
@@ -85,6 +105,69 @@ def test_turbo_leaves_what_it_does_not_know_to_pillow():
     both = [squares(Decoder(name, PIXELS), file.getvalue(), 32)[0] for name in ("turbo", "pillow")]
     assert np.array_equal(*both)
     assert Decoder("auto", PIXELS).name == "turbo"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("size", "target", "repeated", "ways"),
+    [
+        ((300, 200), 224, False, "cubic"),
+        ((480, 360), 224, False, "linear"),
+        ((640, 447), 224, False, "linear"),
+        ((640, 448), 224, False, "area"),
+        ((640, 470), 224, False, "double area"),
+        ((640, 471), 224, True, "double area"),
+        ((640, 480), 224, True, "double area"),
+        ((640, 481), 224, True, "double area"),
+        ((640, 482), 224, True, "area"),
+        ((800, 600), 224, True, "area"),
+    ],
+)
+def test_colours_are_repeated_from_a_shrink_of_21_on_and_interpolated_below(size, target, repeated, ways):
+    for coding in (
+        {"subsampling": "4:2:0"},
+        {"subsampling": "4:2:2"},
+        {"subsampling": 0, "progressive": True},
+    ):
+        blob = scene(*size, **coding)
+        (found,) = squares(Decoder("turbo", PIXELS), blob, target)
+        assert np.array_equal(found, by_hand(blob, target, repeated, ways))
+        other = by_hand(blob, target, not repeated, ways)
+        assert np.array_equal(found, other) == (coding["subsampling"] == 0)  # 4:4:4: nothing to interpolate
+
+
+@pytest.mark.soak
+def test_reduced_grey_and_part_of_a_picture_follow_the_pixels_that_are_left():
+    turbo = Decoder("turbo", PIXELS)
+    for size, repeated, ways in (((1000, 900), False, "double area"), ((1100, 1000), True, "area")):
+        blob = scene(*size, subsampling="4:2:2")
+        assert np.array_equal(squares(turbo, blob, 224)[0], by_hand(blob, 224, repeated, ways, 2))
+        assert not np.array_equal(squares(turbo, blob, 224)[0], by_hand(blob, 224, not repeated, ways, 2))
+        blob = scene(*size, subsampling="4:2:0")  # its DCT gives the colours at the size of the reduced light
+        either = [by_hand(blob, 224, fast, ways, 2) for fast in (True, False)]
+        assert np.array_equal(*either) and np.array_equal(squares(turbo, blob, 224)[0], either[0])
+    blob = scene(800, 600)
+    (half,) = squares(turbo, blob, 224, view=View(0.5))
+    assert np.array_equal(half, by_hand(blob, 224, False, "linear", crop=300))
+    small, large = squares(turbo, blob, 96, 400)  # the larger decides
+    assert np.array_equal(large, by_hand(blob, 400, False, "linear"))
+    assert np.array_equal(small, by_hand(blob, 96, False, "area"))
+    file = io.BytesIO()
+    Image.open(io.BytesIO(blob)).convert("L").save(file, "JPEG")
+    (grey,) = squares(turbo, file.getvalue(), 224)
+    assert np.array_equal(grey, by_hand(file.getvalue(), 224, False, "area"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("width", "height"), [(600, 459), (640, 480), (800, 600)])
+def test_what_the_fast_decoder_saves_costs_little_of_a_photograph(width, height):
+    """Against the full decode averaged over areas, and against the pixels before the encoder: the bounds
+    of benchmarks/results/decode_quality_2026-11-21.md."""
+    from benchmarks.decode_quality import averages, photograph
+
+    _, _, apart, loss = averages(photograph(1, width, height), height / 224, 87, "4:2:0")
+    assert apart > 50
+    assert loss < 0.25
 
 
 def test_pixels_of_images_that_are_not_reduced_are_those_of_the_release(tmp_path):
