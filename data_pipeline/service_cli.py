@@ -47,10 +47,10 @@ def bench(
         table.add_row(row["name"], row["unit"], f"{row['a CPU-second']:,.0f}", f"{row['a second']:,.0f}")
     console = Console()
     console.print(table)
-    ratios = Table("ratio to the raw limit", "median", "quartiles")
-    for name, median in found["ratios"].items():
-        low, high = found["quartiles"][name]
-        ratios.add_row(name, f"{median:.2f}", f"{low:.2f} to {high:.2f}")
+    ratios = Table("delivery", "over", "median", "quartiles")
+    for executor, own in found["ratios"].items():
+        for name, (low, median, high) in own.items():
+            ratios.add_row(executor, name, f"{median:.2f}", f"{low:.2f} to {high:.2f}")
     console.print(ratios)
 
 
