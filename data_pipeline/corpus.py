@@ -119,10 +119,8 @@ class Source:
             BadSample: when it cannot be read.
         """
         entry = self.entry(number)
-        places = [
-            Range(self.places[entry.shard][0], *p, self.places[entry.shard][1])
-            for p in (entry.json, *entry.images)
-        ]
+        url, etag = self.places[entry.shard]
+        places = [Range(url, offset, size, etag) for offset, size in (entry.json, *entry.images)]
         pieces, metadata = parse_content(self.storage.read(places[0]))
         images = iter(places[1:])
         content = [self.storage.read(next(images)) if kind == "image" else value for kind, value in pieces]

@@ -71,8 +71,8 @@ class Entry(NamedTuple):
 
     shard: int
     key: str
-    json: tuple[int, int]
-    images: list[tuple[int, int]]
+    json: list[int]
+    images: list[list[int]]
     pieces: list[int]
     tokens: np.ndarray
 
@@ -114,16 +114,19 @@ class ShardIndex:
         self.about = about
         good = table.slice(0, about["documents"])
         self._keys = good["key"].to_pylist()
-        self._json = [good[name].to_numpy() for name in ("json_offset", "json_size")]
         self._rows: dict[tuple[str, float], np.ndarray] = {}
-        offsets, self._image_starts = _ragged(good["image_offsets"])
+        offsets, images = _ragged(good["image_offsets"])
         sizes, _ = _ragged(good["image_sizes"])
         self._places = np.stack([offsets, sizes], 1)
-        self._pieces, self._piece_starts = _ragged(good["pieces"])
-        ids, self._token_starts = _ragged(good["token_ids"])
+        self._pieces, pieces = _ragged(good["pieces"])
+        ids, tokens = _ragged(good["token_ids"])
         self._ids = ids.astype(np.uint16) if len(ids) and ids.max() < 1 << 16 else ids
-        self.tokens = np.diff(self._token_starts)
-        self.images = np.diff(self._image_starts)
+        self.tokens, self.images = np.diff(tokens), np.diff(images)
+        json_offsets, json_sizes = (
+            np.append(good[name].to_numpy(), 0) for name in ("json_offset", "json_size")
+        )
+        # All that is to be known of a document and where the next one begins, in one piece of memory.
+        self._starts = np.stack([images, pieces, tokens, json_offsets, json_sizes], 1)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -134,13 +137,14 @@ class ShardIndex:
 
     def entry(self, row: int, shard: int = 0) -> Entry:
         """A document by its place in the shard."""
+        (image, piece, token, *place), (images, pieces, tokens, *_) = self._starts[row : row + 2].tolist()
         return Entry(
             shard,
             self._keys[row],
-            (self._json[0].item(row), self._json[1].item(row)),
-            list(map(tuple, self._places[_span(self._image_starts, row)].tolist())),
-            self._pieces[_span(self._piece_starts, row)].tolist(),
-            self._ids[_span(self._token_starts, row)],
+            place,
+            self._places[image:images].tolist(),
+            self._pieces[piece:pieces].tolist(),
+            self._ids[token:tokens],
         )
 
     def rows(self, split: str, holdout: float) -> np.ndarray:
@@ -288,7 +292,3 @@ def _ragged(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     whole = column.combine_chunks()
     starts = whole.offsets.to_numpy().astype(np.int64)
     return whole.flatten().to_numpy(zero_copy_only=False), starts - starts[0]
-
-
-def _span(starts: np.ndarray, row: int) -> slice:
-    return slice(starts.item(row), starts.item(row + 1))

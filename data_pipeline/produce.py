@@ -12,7 +12,7 @@ from data_pipeline.batch import IMAGE_ID_BITS, PADDING, Batch
 from data_pipeline.decode import Decoder
 from data_pipeline.errors import BadSample
 from data_pipeline.quarantine import Failure
-from data_pipeline.rows import RowDescription, describe_stream
+from data_pipeline.rows import predicted
 from data_pipeline.settings import DataSettings
 from data_pipeline.state import folded, pixel_words, row_checksums
 from data_pipeline.storage import LocalFiles, Range, Storage, is_local
@@ -107,14 +107,14 @@ class Producer:
         self, task: Task, blobs: Sequence[Blob]
     ) -> tuple[Batch, tuple[np.ndarray, np.ndarray], dict[int, BadSample]]:
         """The batch, ``pixel_sums`` of its images and drawn images, and what is wrong with parts."""
-        described = self._described(task.tokens, task)
-        pictures, bad = self._pictures(task, blobs, described.image_loss.tolist())
+        labels, image_loss = self._predicted(task.tokens, task)
+        pictures, bad = self._pictures(task, blobs, image_loss.tolist())
         tokens, cu_seqlens, source, samples = _masked(task, bad, self.tokenizer.special.pad)
         if bad:
-            described = self._described(tokens, task)
+            labels, image_loss = self._predicted(tokens, task)
         batch = Batch(
             tokens=tokens,
-            labels=described.labels,
+            labels=labels,
             row_starts=task.row_starts,
             cu_seqlens=cu_seqlens,
             source=source,
@@ -122,14 +122,14 @@ class Producer:
             images=pictures.images,
             image_ids=np.array(pictures.ids, np.int64),
             drawn=pictures.drawn,
-            drawn_index=np.flatnonzero(described.image_loss).astype(np.int32),
+            drawn_index=np.flatnonzero(image_loss).astype(np.int32),
         )
         batch.validate()
         return batch, pictures.sums, bad
 
-    def _described(self, tokens: np.ndarray, task: Task) -> RowDescription:
+    def _predicted(self, tokens: np.ndarray, task: Task) -> tuple[np.ndarray, np.ndarray]:
         pair = self._pairs[task.source].repeat(np.diff(task.cu_seqlens))
-        return describe_stream(tokens, task.row_starts, self.tokenizer.special, pair_source=pair)
+        return predicted(tokens, task.row_starts, self.tokenizer.special, pair_source=pair)
 
     def _pictures(
         self, task: Task, blobs: Sequence[Blob], loss: list[bool]

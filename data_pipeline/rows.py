@@ -97,19 +97,8 @@ def describe_stream(
     Raises:
         ValueError: when ``tokens`` is not one-dimensional, or ``row_starts`` does not cover it.
     """
-    tokens = np.asarray(tokens)
-    row_starts = np.asarray(row_starts)
-    if tokens.ndim != 1:
-        raise ValueError(f"tokens: expected one axis, got shape {tokens.shape}")
-    total = len(tokens)
-    if row_starts[0] != 0 or row_starts[-1] != total or (np.diff(row_starts) < 0).any():
-        raise ValueError(f"row_starts: must rise from 0 to the {total} tokens, got {row_starts}")
-
-    index = np.arange(total)
-    row = np.repeat(np.arange(len(row_starts) - 1), np.diff(row_starts))
-    row_start = row_starts[row]
-    is_bos = tokens == special.bos
-    starts = is_bos | (index == row_start)
+    tokens, row_starts, row, starts = _structure(tokens, row_starts, special)
+    index, row_start = np.arange(len(tokens)), row_starts[row]
     start = np.maximum.accumulate(np.where(starts, index, 0))
     count = np.cumsum(starts)
     document = count - count[row_start]
@@ -135,9 +124,45 @@ def describe_stream(
         context_start=_int32(start[boi] - row_start[boi]),
         references=_int32(references),
         labels=_labels(tokens, row_starts, special, start, boi, pair_source),
-        image_loss=boi - start[boi] > np.where(is_bos[start[boi]], 1, 0),
+        image_loss=_image_loss(tokens, special, start, boi),
         image_offset=_int32(image_offset),
     )
+
+
+def predicted(
+    tokens: np.ndarray,
+    row_starts: np.ndarray,
+    special: SpecialTokens,
+    *,
+    pair_source: bool | np.ndarray = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """``labels`` and ``image_loss`` of ``describe_stream`` alone, in a third of the time."""
+    tokens, row_starts, _, starts = _structure(tokens, row_starts, special)
+    start = np.maximum.accumulate(np.where(starts, np.arange(len(tokens)), 0))
+    boi = np.flatnonzero(tokens == special.boi)
+    labels = _labels(tokens, row_starts, special, start, boi, pair_source)
+    return labels, _image_loss(tokens, special, start, boi)
+
+
+def _structure(
+    tokens: np.ndarray, row_starts: np.ndarray, special: SpecialTokens
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens and offsets of the rows, checked; each token's row, and whether a document starts there."""
+    tokens, row_starts = np.asarray(tokens), np.asarray(row_starts)
+    if tokens.ndim != 1:
+        raise ValueError(f"tokens: expected one axis, got shape {tokens.shape}")
+    total = len(tokens)
+    if row_starts[0] != 0 or row_starts[-1] != total or (np.diff(row_starts) < 0).any():
+        raise ValueError(f"row_starts: must rise from 0 to the {total} tokens, got {row_starts}")
+    row = np.repeat(np.arange(len(row_starts) - 1), np.diff(row_starts))
+    starts = tokens == special.bos
+    starts[row_starts[:-1][np.diff(row_starts) > 0]] = True
+    return tokens, row_starts, row, starts
+
+
+def _image_loss(tokens: np.ndarray, special: SpecialTokens, start: np.ndarray, boi: np.ndarray) -> np.ndarray:
+    """Whether an image has more before it than BOS and BoI."""
+    return boi - start[boi] > (tokens[start[boi]] == special.bos)
 
 
 def _labels(
@@ -150,7 +175,7 @@ def _labels(
 ) -> np.ndarray:
     """The next token of the same row, or ``IGNORED``."""
     total = len(tokens)
-    keep = ~np.isin(tokens, [special.pad, special.image, special.bos])
+    keep = (tokens != special.pad) & (tokens != special.image) & (tokens != special.bos)
     keep[1:] &= ~((tokens[1:] == special.boi) & (tokens[:-1] == special.bos))
     pair = np.broadcast_to(np.asarray(pair_source, dtype=bool), (total,))
     if pair.any():

@@ -52,7 +52,7 @@ class Task:
     sample_ids: np.ndarray
     keys: Sequence[str]
     shards: Sequence[tuple[str, str]]
-    images: Sequence[Sequence[tuple[int, int]]]
+    images: Sequence[list[list[int]]]
     first_image: Sequence[int]
     views: Sequence[int | None]
     nbytes: int
@@ -123,7 +123,7 @@ class Layout:
             Its length in tokens.
         """
         own = [self._image if ids is None else np.array(ids, np.int32) for ids in pieces]
-        images = [(0, 0) for piece in own if piece is self._image]
+        images = [[0, 0] for piece in own if piece is self._image]
         own = [self._bos, *own, *([self._eos] if end else [])]
         self._tokens += own
         length = sum(map(len, own))
