@@ -188,8 +188,9 @@ def tables(group: str, images: list[np.ndarray], subsampling: str) -> str:
     ]
     lines += ["|---|---|---|---|---|---|---|---|---|---|"]
     for shrink in NEAR_TWO:
-        found = [averages(image, shrink, 87, subsampling) for image in images]
-        lines.append(row(shrink, 87, found, (0, 2)))
+        for quality in QUALITIES:
+            found = [averages(image, shrink, quality, subsampling) for image in images]
+            lines.append(row(shrink, quality, found, (0, 2)))
     return "\n".join([*lines, ""])
 
 
