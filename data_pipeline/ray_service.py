@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -101,10 +102,12 @@ class Feeder:
                 self.clients[name] = Client(feed)
             return feed.state()
 
-    def next(self, name: str, number: int) -> Share:
-        """A rank's share of the step of that number, which follows the last one asked for, or is it."""
+    def next(self, name: str, number: int) -> tuple[bytes, list[Any]]:
+        """A rank's share of the step of that number, which follows the last one asked for, or is it: pickled
+        here, which takes less than half as long as Ray's own pickling, and the references to its pixels."""
         with self._client(name) as client:
-            return self._share(name, client, number)
+            share = self._share(name, client, number)
+        return pickle.dumps(replace(share, pixels=[]), 5), share.pixels
 
     def again(self, name: str, number: int, index: int) -> Produced:
         """A micro-batch of the share of that step made once more; this feeder may be a new one, which has
@@ -220,15 +223,16 @@ class RemoteFeed:
     def next(self) -> Share:
         """The next step's share; see ``Feed.next``."""
         number = self._state["cursor"]["step"]
-        share = self._retried(lambda: ray.get(self._asked or self.feeder.next.remote(self.client, number)))
+        asked = self._retried(lambda: ray.get(self._asked or self.feeder.next.remote(self.client, number)))
+        share: Share = pickle.loads(asked[0])
         made = [
-            Produced(_own(batch), np.empty(0), [], {}, pixels)
-            for batch, pixels in zip(share.batches, share.pixels, strict=True)
+            Produced(batch, share.checksums, [], {}, pixels)
+            for batch, pixels in zip(share.batches, asked[1], strict=True)
         ]
         batches = [self._fetched(number, index, produced).batch for index, produced in enumerate(made)]
         self._state = share.state
         self._asked = self.feeder.next.remote(self.client, number + 1)
-        return replace(share, batches=batches, pixels=[], checksums=np.array(share.checksums))
+        return replace(share, batches=batches)
 
     def ready(self) -> bool:
         """Whether the next share is made."""
