@@ -14,7 +14,7 @@ from data_pipeline.errors import BadSample
 from data_pipeline.quarantine import Failure
 from data_pipeline.rows import predicted
 from data_pipeline.settings import DataSettings
-from data_pipeline.state import folded, pixel_words, row_checksums
+from data_pipeline.state import pixel_digest, row_checksums
 from data_pipeline.storage import LocalFiles, Range, Storage, is_local
 from data_pipeline.task import Produced, Task
 from data_pipeline.tokens import Tokenizer
@@ -27,35 +27,15 @@ Blob = bytes | Range | BadSample
 are needed, and are still in the CPU's cache when they are decoded."""
 
 
-class Squares:
-    """Room for images of one size, and the ``pixel_sums`` of those that are in it.
-
-    Attributes:
-        pixels: uint8 [n, h, w, 3], to be written to.
-    """
-
-    def __init__(self, pixels: np.ndarray):
-        self.pixels, self._words = pixels, pixel_words(pixels)
-        self._sums = np.empty((len(pixels), self._words.shape[-1]), np.uint64)
-
-    def add(self, number: int) -> None:
-        """Add up an image that has been written, while it is in the CPU's cache."""
-        np.add.reduce(self._words[number], 0, np.uint64, self._sums[number])
-
-    def sums(self, count: int) -> np.ndarray:
-        """``pixel_sums`` of the first images."""
-        return folded(self._sums[:count], self.pixels.shape[1])
-
-
 @dataclass(frozen=True)
 class Pictures:
-    """Pixels of a micro-batch's images and of its drawn images, the ids of the images, and the sums of
-    both kinds of pixels."""
+    """Pixels of a micro-batch's images and of its drawn images, the ids of the images, and the digests of
+    both kinds."""
 
     images: np.ndarray
     drawn: np.ndarray
     ids: list[int]
-    sums: tuple[np.ndarray, np.ndarray]
+    digests: tuple[list[int], list[int]]
 
 
 class Producer:
@@ -92,8 +72,8 @@ class Producer:
         ranges = task.ranges()
         far = not all(map(is_local, {url for url, _ in task.shards}))
         blobs: Sequence[Blob] = self.storage.read_many(ranges) if far else ranges
-        batch, sums, bad = self._assembled(task, blobs)
-        checksums = row_checksums(batch, self.tokenizer.special.boi, sums)
+        batch, digests, bad = self._assembled(task, blobs)
+        checksums = row_checksums(batch, self.tokenizer.special.boi, digests)
         counts = np.bincount(task.source[task.source != PADDING])
         seen = {self.settings.sources[n].name: int(count) for n, count in enumerate(counts) if count}
         return Produced(batch, checksums, [self._failure(task, *found) for found in bad.items()], seen)
@@ -105,8 +85,8 @@ class Producer:
 
     def _assembled(
         self, task: Task, blobs: Sequence[Blob]
-    ) -> tuple[Batch, tuple[np.ndarray, np.ndarray], dict[int, BadSample]]:
-        """The batch, ``pixel_sums`` of its images and drawn images, and what is wrong with parts."""
+    ) -> tuple[Batch, tuple[list[int], list[int]], dict[int, BadSample]]:
+        """The batch, digests of its images and drawn images, and what is wrong with parts."""
         labels, image_loss = self._predicted(task.tokens, task)
         pictures, bad = self._pictures(task, blobs, image_loss.tolist())
         tokens, cu_seqlens, source, samples = _masked(task, bad, self.tokenizer.special.pad)
@@ -125,7 +105,7 @@ class Producer:
             drawn_index=np.flatnonzero(image_loss).astype(np.int32),
         )
         batch.validate()
-        return batch, pictures.sums, bad
+        return batch, pictures.digests, bad
 
     def _predicted(self, tokens: np.ndarray, task: Task) -> tuple[np.ndarray, np.ndarray]:
         pair = self._pairs[task.source].repeat(np.diff(task.cu_seqlens))
@@ -136,15 +116,16 @@ class Producer:
     ) -> tuple[Pictures, dict[int, BadSample]]:
         """Decode the images of the parts that are good; those of a part with a bad one are left out."""
         size, drawn_size = self.settings.image_size, self.settings.drawn_size
-        images = Squares(self.empty((len(loss), size, size, 3), np.uint8))
-        drawn = Squares(self.empty((sum(loss), drawn_size, drawn_size, 3), np.uint8))
+        images = self.empty((len(loss), size, size, 3), np.uint8)
+        drawn = self.empty((sum(loss), drawn_size, drawn_size, 3), np.uint8)
         ids: list[int] = []
+        digests: tuple[list[int], list[int]] = [], []
         bad: dict[int, BadSample] = {}
-        large = at = 0
+        at = 0
         decode = self.decoder.squares
         with LocalFiles() as files:
             for part, places in enumerate(task.images):
-                first, filled = len(ids), large
+                first, large = map(len, digests)
                 try:
                     for number, index in enumerate(range(at, at + len(places))):
                         blob = blobs[index]
@@ -152,22 +133,19 @@ class Producer:
                             blob = files.read(blob)
                         if isinstance(blob, BadSample):
                             raise blob
-                        out = [images.pixels[first + number]]
+                        out = [images[len(digests[0])]]
                         if loss[index]:
-                            out.append(drawn.pixels[filled])
+                            out.append(drawn[len(digests[1])])
                         decode(blob, out, self._view(task, part, number))
-                        images.add(first + number)
-                        if loss[index]:
-                            drawn.add(filled)
-                            filled += 1
+                        for square, known in zip(out, digests, strict=False):
+                            known.append(pixel_digest(square))  # while it is in the CPU's cache
                     identity = int(task.sample_ids[part]) << IMAGE_ID_BITS | task.first_image[part]
                     ids += range(identity, identity + len(places))
-                    large = filled
                 except BadSample as failure:
                     bad[part] = failure
+                    del digests[0][first:], digests[1][large:]
                 at += len(places)
-        sums = images.sums(len(ids)), drawn.sums(large)
-        return Pictures(images.pixels[: len(ids)], drawn.pixels[:large], ids, sums), bad
+        return Pictures(images[: len(ids)], drawn[: len(digests[1])], ids, digests), bad
 
     def _view(self, task: Task, part: int, number: int) -> View:
         """What is taken of an image of a part."""

@@ -11,20 +11,17 @@ rest what the order and the pixels depend on.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from data_pipeline.batch import PADDING, Batch
 from data_pipeline.errors import ResumeError
 from data_pipeline.settings import DataSettings, SourceSettings
 from data_pipeline.views import is_random
-
-PART_ROWS = 16
-"""Rows of pixels that are added up as one: long enough for fast loops, short enough for the first cache."""
 
 SCHEMA = 3
 FIXED = (
@@ -95,23 +92,25 @@ def check_state(saved: Any, own: dict[str, Any], accept: Collection[str] = ()) -
         )
 
 
-def row_checksums(batch: Batch, boi: int, sums: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+def row_checksums(
+    batch: Batch, boi: int, digests: tuple[Sequence[int], Sequence[int]] | None = None
+) -> np.ndarray:
     """A checksum of what each row of a batch holds, whatever other rows it comes with.
 
     CRC-32 over tokens, labels, the place, source and id of each document, and each image's id and
-    pixels. The pixels go in as 64-bit sums over their rows, which costs a tenth of their CRC and still
-    changes with any of them.
+    ``pixel_digest``.
 
     Args:
         batch: the micro-batch.
         boi: id of the token that starts an image.
-        sums: ``pixel_sums`` of its images and drawn images, where they are known.
+        digests: of its images and drawn images, where they are known.
 
     Returns:
         uint32 [R].
     """
     per_row = np.searchsorted(np.flatnonzero(batch.tokens == boi), batch.row_starts)
-    pixels, drawn = sums or (pixel_sums(batch.images), pixel_sums(batch.drawn))
+    own = digests or ([*map(pixel_digest, batch.images)], [*map(pixel_digest, batch.drawn)])
+    pixels, drawn = (np.array(values, np.uint64) for values in own)
     starts, good = batch.cu_seqlens[:-1], batch.source != PADDING
     checksums = np.empty(len(batch.row_starts) - 1, np.uint32)
     for row in range(len(checksums)):
@@ -142,28 +141,6 @@ def step_checksum(rows: Sequence[int] | np.ndarray) -> int:
     return zlib.crc32(np.asarray(rows, np.uint32).tobytes())
 
 
-def pixel_sums(images: np.ndarray) -> np.ndarray:
-    """Sums over the rows of each image, as 64-bit words (as bytes where a row does not come out even).
-
-    Args:
-        images: uint8 [n, h, w, 3].
-
-    Returns:
-        uint64 [n, words of a row].
-    """
-    return folded(np.add.reduce(pixel_words(images), 1, np.uint64), images.shape[1])
-
-
-def pixel_words(images: np.ndarray) -> np.ndarray:
-    """What ``pixel_sums`` adds up over its second axis, without a copy where possible: [n, parts, words of
-    a part of some rows]."""
-    count, height, width, channels = images.shape
-    rows = math.gcd(height, PART_ROWS)
-    words = images.reshape(count, height // max(rows, 1), rows * width * channels)
-    return words.view(np.uint64) if width * channels % 8 == 0 and words.flags.c_contiguous else words
-
-
-def folded(sums: np.ndarray, height: int) -> np.ndarray:
-    """Sums over the parts of images of that height to sums over their rows."""
-    rows = math.gcd(height, PART_ROWS)
-    return sums.reshape(len(sums), rows, sums.shape[1] // max(rows, 1)).sum(1)
+def pixel_digest(image: np.ndarray) -> int:
+    """64-bit XXH3 of an image's pixels, uint8 [h, w, 3]."""
+    return xxhash.xxh3_64_intdigest(image.data)
