@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from data_pipeline import ray_service
 from data_pipeline.errors import DataError, ResumeError
 from data_pipeline.executors import Setup, Threads
-from data_pipeline.feed import Division
+from data_pipeline.feed import Division, Share
 from data_pipeline.ray_service import Feeder
 from data_pipeline.stream import Stream
 from tests.data_soak import ROWS, feeds, mixed_settings
@@ -55,31 +56,36 @@ def expected(mixed):
     return [feed.next() for _ in range(5)]
 
 
+def asked(feeder: Feeder, name: str, number: int) -> Share:
+    """The share that a rank is given."""
+    return pickle.loads(feeder.next(name, number)[0])
+
+
 def test_the_last_rank_that_leaves_gives_the_actors_back(feeder, mixed, expected):
     for division in BOTH:
         feeder.open(str(division.rank), division, ROWS, None)
-    shares = [feeder.next(str(rank), 0) for rank in range(2)]
+    shares = [asked(feeder, str(rank), 0) for rank in range(2)]
     assert (sum(share.spread() for share in shares) == expected[0].spread()).all()
     (executor,) = Actors.made
     feeder.leave("0")
     feeder.leave("0")  # a rank may leave twice
     assert not executor.closed
-    assert feeder.next("1", 1).number == 1
+    assert asked(feeder, "1", 1).number == 1
     feeder.leave("1")
     assert executor.closed and feeder.executor is None and not feeder.clients
     with pytest.raises(DataError, match="1 is not open"):
-        feeder.next("1", 2)
+        asked(feeder, "1", 2)
     feeder.open("1", BOTH[1], ROWS, None)
     assert len(Actors.made) == 2
 
 
 def test_a_step_is_handed_over_again_and_another_one_is_refused_without_loss(feeder, expected):
     feeder.open("a", ONE, ROWS, None)
-    assert feeder.next("a", 0).checksums.tolist() == expected[0].checksums.tolist()
-    assert feeder.next("a", 0).number == 0  # the answer was lost
+    assert asked(feeder, "a", 0).checksums.tolist() == expected[0].checksums.tolist()
+    assert asked(feeder, "a", 0).number == 0  # the answer was lost
     with pytest.raises(DataError, match="asks for step 7, the next is 1"):
-        feeder.next("a", 7)
-    assert feeder.next("a", 1).checksums.tolist() == expected[1].checksums.tolist()
+        asked(feeder, "a", 7)
+    assert asked(feeder, "a", 1).checksums.tolist() == expected[1].checksums.tolist()
 
 
 def test_pixels_are_made_again_by_a_feeder_that_has_made_nothing_yet(feeder, expected):
@@ -87,8 +93,8 @@ def test_pixels_are_made_again_by_a_feeder_that_has_made_nothing_yet(feeder, exp
     feeder.open("a", ONE, ROWS, expected[2].state)
     again = feeder.again("a", 3, 5)
     assert np.array_equal(again.batch.images, expected[3].batches[5].images)
-    assert feeder.next("a", 3).checksums.tolist() == expected[3].checksums.tolist()
-    assert feeder.next("a", 4).number == 4
+    assert asked(feeder, "a", 3).checksums.tolist() == expected[3].checksums.tolist()
+    assert asked(feeder, "a", 4).number == 4
 
 
 def test_a_request_that_a_restarted_trainer_overtakes_leaves_nothing_to_it(feeder, expected):
@@ -103,20 +109,20 @@ def test_a_request_that_a_restarted_trainer_overtakes_leaves_nothing_to_it(feede
         return share
 
     feed.next = overtaken
-    assert feeder.next("a", 0).number == 0
+    assert asked(feeder, "a", 0).number == 0
     assert seen == [1] and feeder.requests == 0
     for number in range(2):
-        assert feeder.next("a", number).checksums.tolist() == expected[number].checksums.tolist()
+        assert asked(feeder, "a", number).checksums.tolist() == expected[number].checksums.tolist()
 
 
 def test_a_trainer_with_another_number_of_ranks_takes_over(feeder, expected):
     for division in BOTH:
         feeder.open(str(division.rank), division, ROWS, None)
-    feeder.next("0", 0)
+    asked(feeder, "0", 0)
     feeder.open("a", ONE, ROWS, expected[0].state)
-    assert feeder.next("a", 1).checksums.tolist() == expected[1].checksums.tolist()
+    assert asked(feeder, "a", 1).checksums.tolist() == expected[1].checksums.tolist()
     with pytest.raises(DataError, match="0 is not open"):
-        feeder.next("0", 1)
+        asked(feeder, "0", 1)
 
 
 def test_a_position_that_is_refused_leaves_no_actors_behind(feeder, mixed):
@@ -131,4 +137,4 @@ def test_actors_that_have_failed_are_replaced_for_the_next_trainer(feeder, expec
     Actors.made[0].failure = DataError("no room")
     feeder.open("a", ONE, ROWS, None)
     assert Actors.made[0].closed and not Actors.made[1].closed
-    assert feeder.next("a", 0).checksums.tolist() == expected[0].checksums.tolist()
+    assert asked(feeder, "a", 0).checksums.tolist() == expected[0].checksums.tolist()
