@@ -47,7 +47,7 @@ COLUMNS = pa.schema(
         ("pieces", pa.list_(pa.int32())),  # tokens of each text, -1 for an image
         ("token_ids", pa.list_(pa.int32())),  # of all texts, one after the other
         ("text_bytes", pa.int64()),
-        ("text_digest", pa.string()),  # of all texts, whatever the tokenizer
+        ("content_digest", pa.string()),  # of all texts and names of images in their order
         ("tokens", pa.int64()),  # of all texts together
         ("language", pa.string()),  # metadata's "language" or "lang", empty when unknown
         ("flags", pa.list_(pa.string())),  # what is odd and does no harm
@@ -91,7 +91,7 @@ class Line:
     pieces: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     text_bytes: int = 0
-    text_digest: str = ""
+    content_digest: str = ""
     tokens: int = 0
     language: str = ""
     flags: list[str] = field(default_factory=list)
@@ -196,7 +196,7 @@ def index_shard(
     digest = hashlib.blake2b(digest_size=16)
     for line in good:
         place = [line.json_offset, line.json_size, line.image_offsets, line.image_sizes]
-        digest.update(json.dumps([line.key, *place, line.text_digest]).encode())
+        digest.update(json.dumps([line.key, *place, line.content_digest]).encode())
     lines = [*good, *bad]
     table = pa.table(
         {name: [getattr(line, name) for line in lines] for name in COLUMNS.names}, schema=COLUMNS
@@ -247,7 +247,7 @@ def _line(file: StoredFile, key: str, members: Sequence[Member], tokenizer: Toke
     head = by_name["json"]
     content, metadata = parse_content(file.read(head.offset, head.size))
     line = Line(key, head.offset, head.size)
-    texts = hashlib.blake2b(digest_size=8)
+    line.content_digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
     for kind, value in content:
         if kind == "text":
             ids = tokenizer.encode(value)
@@ -255,14 +255,12 @@ def _line(file: StoredFile, key: str, members: Sequence[Member], tokenizer: Toke
             line.token_ids += ids
             line.tokens += len(ids)
             line.text_bytes += len(value.encode())
-            texts.update(value.encode())
             continue
         if value not in by_name or value == "json":
             raise BadSample("image is missing", value)
         if len(line.image_sizes) == MAX_IMAGES:
             raise BadSample("document has too many images", f"at most {MAX_IMAGES}")
         _add_image(line, file, by_name[value])
-    line.text_digest = texts.hexdigest()
     language = metadata.get("language", metadata.get("lang", ""))
     line.language = language[:16] if isinstance(language, str) else ""
     return line
