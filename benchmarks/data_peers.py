@@ -39,7 +39,7 @@ import psutil
 import simplejpeg
 
 SIZE, BATCH, WORKERS = 224, 64, 2
-IMAGES, SKIPPED, COUNTED = 6000, 1000, 4000
+IMAGES, SKIPPED, COUNTED = 10_000, 5000, 4000
 
 
 def decode(blob: bytes) -> np.ndarray:

@@ -42,9 +42,12 @@ SIZE = 224
 DISTINCT = 48
 """Different pictures in the shards; more would only take longer to make."""
 
-REPEAT, TURN, WARM_UP = 5, 4, 16
-"""Turns: how often the sampled images are decoded for the raw limit; steps of delivery; steps before the
-first, after which workers have met all memory they use."""
+REPEAT, TURN = 5, 4
+"""Turns: how often the sampled images are decoded for the raw limit, and steps of delivery."""
+
+WARM_UP, WARM_UP_RAY = 16, 64
+"""Steps before the first turn, after which workers have met all memory they use; with Ray it is the whole of
+its object store, and each actor meets every page for itself."""
 
 WORDS = ["a", "red", "blue", "small", "house", "by", "the", "sea", "with", "two", "boats", "and", "birds"]
 
@@ -89,6 +92,7 @@ def bench_settings(folder: Path, executor: str, workers: int, decoder: str = "au
         executor=executor,
         workers=workers,
         prefetch=3,
+        prefetch_bytes=160 << 20,  # as much as is ever ahead here; Ray's object store is twice as large
         ray_address="local",
     )
 
@@ -141,7 +145,7 @@ def delivering(folder: Path, executor: str, workers: int, decoder: str) -> Itera
     """Delivery by an executor, warmed up; yields what measures ``TURN`` steps of two rows."""
     settings = bench_settings(folder, executor, workers, decoder)
     with open_feed(settings, Division(0, 1, 1, 2), 2) as feed:
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP_RAY if executor == "ray" else WARM_UP):
             feed.next()
 
         def measure() -> Rate:

@@ -19,6 +19,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from data_pipeline.errors import DataError
 from data_pipeline.executors.ray_actors import RESOURCE
 from data_pipeline.optional import ray
@@ -30,6 +32,9 @@ MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PAT
 
 KNOCK = 10.0
 """Seconds that a cluster has to take a connection."""
+
+LEAST_STORE = 256 << 20
+"""Bytes of an object store at least."""
 
 PATIENCE = 20.0
 """Seconds that Ray's processes have to end."""
@@ -57,7 +62,8 @@ def connect(settings: DataSettings) -> None:
             # Metrics and the history of tasks are for a dashboard, and there is none.
             config = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
             common |= {"include_dashboard": False, "_system_config": config}
-            ray.init(address="local", num_cpus=settings.workers + 1, **common)
+            store = {"object_store_memory": store_bytes(settings)}
+            ray.init(address="local", num_cpus=settings.workers + 1, **store, **common)
         else:
             ray.init(address=settings.ray_address, **common)
     except (OSError, RuntimeError, ray.exceptions.RayError) as error:  # the last: another cluster's token
@@ -103,6 +109,16 @@ def serve(address: str | None, workers: int, port: int = 6379) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def store_bytes(settings: DataSettings) -> int:
+    """Bytes of a run's own object store: what may be made ahead, and as much for what is in use.
+
+    The store goes through all of its memory before it uses any again, and a page that is touched for the
+    first time costs more than the decoding of what is written to it: a store that is larger than needed,
+    as Ray's of 30 % of the memory is, makes the first minutes of a run slow and takes that memory for good.
+    """
+    return max(LEAST_STORE, min(2 * settings.prefetch_bytes, int(0.3 * psutil.virtual_memory().total)))
 
 
 def _knock(address: str) -> None:

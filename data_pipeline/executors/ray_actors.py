@@ -82,6 +82,7 @@ class RayActors:
     def __init__(self, setup: Setup):
         self.settings = setup.settings
         self.setup = ray.put(setup)
+        self.node = ray.get_runtime_context().get_node_id()
         needs = {RESOURCE: 1} if ray.cluster_resources().get(RESOURCE) else {}
         self.options = {"num_cpus": 1, "resources": needs, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
         self.lock = threading.Condition()
@@ -185,7 +186,9 @@ class RayActors:
         if isinstance(answer, Exception):
             settle(job, answer)
             return
-        ray.wait([pixels], timeout=0, fetch_local=True)  # begins to bring them here
+        assert actor.where is not None
+        if actor.where[0] != self.node:
+            ray.wait([pixels], timeout=0, fetch_local=True)  # begins to bring them here
         settle(job, replace(pickle.loads(answer), pixels=pixels))
 
     def _replace(self, actor: Actor, why: str) -> None:
