@@ -90,7 +90,7 @@ class Batch:
         return sum(getattr(self, field.name).nbytes for field in fields(self))
 
 
-_LAYOUT = {
+_LAYOUT: dict[str, tuple[type, int]] = {
     "tokens": (np.int32, 1),
     "labels": (np.int32, 1),
     "row_starts": (np.int32, 1),
@@ -102,3 +102,6 @@ _LAYOUT = {
     "drawn": (np.uint8, 4),
     "drawn_index": (np.int32, 1),
 }
+
+NOTHING = Batch(**{name: np.empty((0,) * ndim, dtype) for name, (dtype, ndim) in _LAYOUT.items()})
+"""In place of a batch that is elsewhere."""

@@ -50,7 +50,7 @@ class Share:
         quarantined: bad samples met so far; those that the index names are counted by rank 0 alone.
         failures: the bad samples among them that no share before has named.
         totals: samples looked at and bad ones by source and reason; see ``Ledger.totals``.
-        pixels: of each batch, where they are, with an executor that leaves them elsewhere.
+        elsewhere: where each batch is, with an executor that leaves them elsewhere.
     """
 
     number: int
@@ -60,7 +60,7 @@ class Share:
     checksums: np.ndarray
     step_rows: int
     quarantined: int = 0
-    pixels: list[Any] = field(default_factory=list)
+    elsewhere: list[Any] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     totals: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -135,7 +135,7 @@ class Feed:
             np.concatenate([produced.checksums for produced in made]),
             len(first.step.rows),
             len(self.stream.ledger) - self._elsewhere,
-            [produced.pixels for produced in made],
+            [produced.elsewhere for produced in made],
             self._untold(),
             self.stream.ledger.totals(),
         )
@@ -165,7 +165,7 @@ class Feed:
         self._state = self.stream.state()
 
     def again(self, index: int) -> Produced:
-        """Have a micro-batch of the last share made once more: its pixels were lost on the way."""
+        """Have a micro-batch of the last share made once more: it was lost on the way."""
         assert self._last is not None
         return self.executor.submit(self._last.step.task(self._last.groups[index])).result()
 

@@ -1,6 +1,6 @@
 """The data service on Ray: a feeder on each node of trainers, actors that decode wherever there is room.
 
-The feeder plans and keeps steps under way; a trainer asks it for its share and takes the pixels out of its
+The feeder plans and keeps steps under way; a trainer asks it for its share and takes the batches out of its
 node's object store without a copy. Nothing is kept that cannot be made again: a trainer whose feeder is
 lost starts another at the position it has reached, and one that comes back finds its feeder waiting.
 """
@@ -42,7 +42,7 @@ LEAVE = 30.0
 """Seconds a rank waits for its feeder to let it go."""
 
 PULL = 60.0
-"""Seconds for pixels to come from another node before they are made again."""
+"""Seconds for a batch to come from another node before it is made again."""
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +104,10 @@ class Feeder:
 
     def next(self, name: str, number: int) -> tuple[bytes, list[Any]]:
         """A rank's share of the step of that number, which follows the last one asked for, or is it: pickled
-        here, which takes less than half as long as Ray's own pickling, and the references to its pixels."""
+        here, which takes less than half as long as Ray's own pickling; and the references to its batches."""
         with self._client(name) as client:
             share = self._share(name, client, number)
-        return pickle.dumps(replace(share, pixels=[]), 5), share.pixels
+        return pickle.dumps(replace(share, batches=[], elsewhere=[]), 5), share.elsewhere
 
     def again(self, name: str, number: int, index: int) -> Produced:
         """A micro-batch of the share of that step made once more; this feeder may be a new one, which has
@@ -225,11 +225,7 @@ class RemoteFeed:
         number = self._state["cursor"]["step"]
         asked = self._retried(lambda: ray.get(self._asked or self.feeder.next.remote(self.client, number)))
         share: Share = pickle.loads(asked[0])
-        made = [
-            Produced(batch, share.checksums, [], {}, pixels)
-            for batch, pixels in zip(share.batches, asked[1], strict=True)
-        ]
-        batches = [self._fetched(number, index, produced).batch for index, produced in enumerate(made)]
+        batches = [self._fetched(number, index, reference) for index, reference in enumerate(asked[1])]
         self._state = share.state
         self._asked = self.feeder.next.remote(self.client, number + 1)
         return replace(share, batches=batches)
@@ -261,15 +257,17 @@ class RemoteFeed:
         for _ in range(RETRIES):
             made = self._call("validation", self.client, *arguments)
             try:
-                fetched = [fetch(produced, PULL) for produced in made]
-                return [_own(produced.batch) for produced in fetched]
+                return [fetch(produced.elsewhere, PULL) for produced in made]
             except ray.exceptions.RayError as error:
                 log.warning("held-out batches were lost on the way (%s); asked again", error)
         raise DataError(f"held-out batches were lost {RETRIES} times on their way from the data service")
 
     def heldout(self, documents: int) -> Batch:
         """See ``Feed.heldout``."""
-        return _own(self._call("heldout", self.client, documents))
+        batch = self._call("heldout", self.client, documents)
+        return replace(
+            batch, **{f.name: np.array(getattr(batch, f.name)) for f in fields(batch)}
+        )  # ours to write
 
     def close(self) -> None:
         """Let go; the feeder gives back its actors, and ends by itself when nobody asks."""
@@ -277,18 +275,15 @@ class RemoteFeed:
         with suppress(ray.exceptions.RayError):  # it is lost, and its actors with it
             ray.get(self.feeder.leave.remote(self.client), timeout=LEAVE)
 
-    def _fetched(self, number: int, index: int, produced: Produced) -> Produced:
-        """A micro-batch with its pixels; made again when they were lost with their node."""
+    def _fetched(self, number: int, index: int, reference: Any) -> Batch:
+        """A micro-batch of a step; made again when it was lost with its node."""
         for _ in range(RETRIES):
             try:
-                return fetch(produced, PULL)
+                return fetch(reference, PULL)
             except ray.exceptions.RayError as error:
-                log.warning(
-                    "pixels were lost on the way (%s); they are made again", str(error).split("\n")[0]
-                )
-                again = self._call("again", self.client, number, index)
-                produced = replace(produced, pixels=again.pixels)
-        raise DataError(f"pixels were lost {RETRIES} times on their way from the data service")
+                log.warning("a batch was lost on the way (%s); it is made again", str(error).split("\n")[0])
+                reference = self._call("again", self.client, number, index).elsewhere
+        raise DataError(f"a batch was lost {RETRIES} times on its way from the data service")
 
     def _find(self) -> Any:
         """This node's feeder, started if there is none."""
@@ -333,12 +328,6 @@ class RemoteFeed:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
         except ray.exceptions.RayError as error:
             log.warning("the new feeder was lost as well (%s)", str(error).split("\n")[0])
-
-
-def _own(batch: Batch) -> Batch:
-    """The batch with small arrays that may be written to; pixels stay where they are."""
-    small = [f.name for f in fields(batch) if f.name not in ("images", "drawn")]
-    return replace(batch, **{name: np.array(getattr(batch, name)) for name in small})
 
 
 def _digest(settings: DataSettings) -> str:

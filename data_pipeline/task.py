@@ -188,15 +188,14 @@ class Produced:
         checksums: uint32 [R], of what each row holds; see ``state.row_checksums``.
         failures: the bad samples.
         seen: samples looked at, by source.
-        pixels: with an executor that leaves them elsewhere: where the batch's images and drawn images
-            are; the batch's own have no size then.
+        elsewhere: with an executor that leaves the batch elsewhere: where; ``batch`` is ``NOTHING`` then.
     """
 
     batch: Batch
     checksums: np.ndarray
     failures: Sequence[Failure]
     seen: dict[str, int]
-    pixels: Any = None
+    elsewhere: Any = None
 
     def without_pixels(self) -> Produced:
         """The same, images and drawn images left out."""
@@ -205,4 +204,4 @@ class Produced:
 
     def with_pixels(self, images: np.ndarray, drawn: np.ndarray) -> Produced:
         """The same, these put in."""
-        return replace(self, batch=replace(self.batch, images=images, drawn=drawn), pixels=None)
+        return replace(self, batch=replace(self.batch, images=images, drawn=drawn))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from data_pipeline import ray_service
 from data_pipeline.errors import DataError, ResumeError
 from data_pipeline.executors import Setup, Threads
 from data_pipeline.feed import Division, Share
+from data_pipeline.ray_cluster import store_bytes
 from data_pipeline.ray_service import Feeder
+from data_pipeline.settings import DataSettings
 from data_pipeline.stream import Stream
 from tests.data_soak import ROWS, feeds, mixed_settings
 
@@ -138,3 +142,9 @@ def test_actors_that_have_failed_are_replaced_for_the_next_trainer(feeder, expec
     feeder.open("a", ONE, ROWS, None)
     assert Actors.made[0].closed and not Actors.made[1].closed
     assert asked(feeder, "a", 0).checksums.tolist() == expected[0].checksums.tolist()
+
+
+def test_a_runs_own_object_store_is_as_large_as_what_is_made_ahead(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10 << 30))
+    sizes = {ahead: store_bytes(DataSettings(prefetch_bytes=ahead)) for ahead in (1, 1 << 30, 2 << 30)}
+    assert sizes == {1: 256 << 20, 1 << 30: 2 << 30, 2 << 30: 3 << 30}

@@ -1,4 +1,4 @@
-"""Micro-batches made by actors on a Ray cluster; their pixels stay in its object store.
+"""Micro-batches made by actors on a Ray cluster; they stay in its object store.
 
 The actors hold nothing, so one that is lost, with its node or alone, or that is slow, is replaced and its
 tasks are asked again of another.
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.batch import NOTHING, Batch
 from data_pipeline.errors import DataError
 from data_pipeline.executors import ATTEMPTS, Job, Setup, collect_rarely, settle
 from data_pipeline.executors.blocks import Blocks
@@ -48,11 +49,14 @@ class Maker:
         collect_rarely()
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def make(self, task: bytes) -> tuple[bytes, tuple[np.ndarray, np.ndarray]]:
-        """The result of a pickled task without its pixels, pickled too, and the pixels. Ray's own pickling
-        asks Python about every object, which takes more than twice as long."""
+    def make(self, task: bytes) -> tuple[bytes, tuple[bytes, np.ndarray, np.ndarray]]:
+        """The result of a pickled task without its batch, pickled too; and the batch for the object store:
+        without its pixels, pickled, and the pixels. Ray's own pickling asks Python about every object, which
+        takes more than twice as long."""
         produced = self.producer.produce(pickle.loads(task))
-        return pickle.dumps(produced.without_pixels(), 5), (produced.batch.images, produced.batch.drawn)
+        batch, rest = produced.batch, produced.without_pixels().batch
+        result = pickle.dumps(replace(produced, batch=NOTHING), 5)
+        return result, (pickle.dumps(rest, 5), batch.images, batch.drawn)
 
 
 @dataclass(eq=False)
@@ -70,8 +74,8 @@ class Actor:
 
 
 class RayActors:
-    """``Executor`` of ``data.workers`` actors. Its results leave the pixels in the object store:
-    ``Produced.pixels`` is the reference to (images, drawn).
+    """``Executor`` of ``data.workers`` actors. Its results leave the batch in the object store:
+    ``Produced.elsewhere`` is the reference that ``fetch`` takes.
 
     Attributes:
         lost: actors replaced so far.
@@ -129,8 +133,8 @@ class RayActors:
             actor = min(free, key=lambda a: len(a.jobs))
             if not actor.jobs:
                 actor.since = time.monotonic()
-            info, pixels = actor.handle.make.options(num_returns=2).remote(pickle.dumps(job.task, 5))
-            actor.jobs.append((job, info, pixels))
+            info, batch = actor.handle.make.options(num_returns=2).remote(pickle.dumps(job.task, 5))
+            actor.jobs.append((job, info, batch))
 
     def _run(self) -> None:
         """The collecting thread."""
@@ -181,15 +185,15 @@ class RayActors:
                 raise answer
             actor.starting, actor.where, self.stillborn = None, answer, 0
             return
-        job, _, pixels = actor.jobs.popleft()
+        job, _, batch = actor.jobs.popleft()
         actor.since = time.monotonic()
         if isinstance(answer, Exception):
             settle(job, answer)
             return
         assert actor.where is not None
         if actor.where[0] != self.node:
-            ray.wait([pixels], timeout=0, fetch_local=True)  # begins to bring them here
-        settle(job, replace(pickle.loads(answer), pixels=pixels))
+            ray.wait([batch], timeout=0, fetch_local=True)  # begins to bring it here
+        settle(job, replace(pickle.loads(answer), elsewhere=batch))
 
     def _replace(self, actor: Actor, why: str) -> None:
         """Start an actor in place of a lost one, and ask its tasks again."""
@@ -219,15 +223,14 @@ class RayActors:
             settle(job, error)
 
 
-def fetch(produced: Produced, timeout: float | None = None) -> Produced:
-    """Put the pixels in that an actor left in the object store. They are read-only and not copied.
+def fetch(reference: Any, timeout: float | None = None) -> Batch:
+    """The batch that an actor left in the object store. Its pixels are read-only and not copied.
 
     Raises:
-        RayError: when they were lost, with their node.
+        RayError: when it was lost, with its node.
     """
-    if produced.pixels is None:
-        return produced
     try:
-        return produced.with_pixels(*ray.get(produced.pixels, timeout=timeout))
+        rest, images, drawn = ray.get(reference, timeout=timeout)
     except ray.exceptions.GetTimeoutError as error:
-        raise ray.exceptions.RayError(f"no pixels after {timeout} seconds") from error
+        raise ray.exceptions.RayError(f"no batch after {timeout} seconds") from error
+    return replace(pickle.loads(rest), images=images, drawn=drawn)
