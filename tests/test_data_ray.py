@@ -116,10 +116,12 @@ def test_actors_the_feeder_a_trainer_and_a_whole_node_are_lost_and_the_stream_go
             (feeder,) = [made[0].feeder]
             os.kill(processes(made[0])[0], signal.SIGKILL)
         if number == 20:  # a whole node, with its actors and its object store
+            gone = cluster.decoding[0].node_id
+            there = sum(node == gone for node, _ in ray.get(feeder.workers.remote()))
             cluster.remove_node(cluster.decoding[0], allow_graceful=False)
-        if number == 30:
-            noticed = time.monotonic() + 60  # an actor that was starting there is missed only by and by
-            while ray.get(feeder.lost.remote()) < 2:
+        if number == 30:  # one that was only starting there Ray itself starts elsewhere
+            noticed = time.monotonic() + 60
+            while ray.get(feeder.lost.remote()) < 1 + there:
                 assert time.monotonic() < noticed
                 time.sleep(0.1)
             ray.kill(feeder)
@@ -146,12 +148,10 @@ def test_a_slow_actor_is_replaced(mixed, expected):
 
     import ray
 
-    (feed,) = remote(replace(mixed, task_timeout=5.0))
+    (feed,) = remote(replace(mixed, task_timeout=5.0, workers=2))
     assert step([feed])[0] == expected[0]
     started = time.monotonic()
-    while (
-        len(processes(feed)) < mixed.workers
-    ):  # one may have been placed on a node that was lost just before
+    while len(processes(feed)) < 2:  # one may have been placed on a node that was lost just before
         assert time.monotonic() - started < 60
         time.sleep(0.1)
     before = ray.get(feed.feeder.lost.remote())
