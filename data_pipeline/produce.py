@@ -56,9 +56,8 @@ class Producer:
         self.empty = empty
         self.decoder = Decoder(settings.decoder, settings.max_pixels)
         self.storage = Storage(settings.storage)
-        self._pairs = np.array(
-            [source.kind == "pairs" for source in settings.sources] + [False]
-        )  # last: padding
+        kinds = [source.kind == "pairs" for source in settings.sources]
+        self._pairs = np.array([*kinds, False])  # the last one for PADDING
 
     def produce(self, task: Task) -> Produced:
         """Make the batch of some rows.

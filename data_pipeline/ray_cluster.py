@@ -114,9 +114,9 @@ def serve(address: str | None, workers: int, port: int = 6379) -> int:
 def store_bytes(settings: DataSettings) -> int:
     """Bytes of a run's own object store: what may be made ahead, and as much for what is in use.
 
-    The store goes through all of its memory before it uses any again, and a page that is touched for the
-    first time costs more than the decoding of what is written to it: a store that is larger than needed,
-    as Ray's of 30 % of the memory is, makes the first minutes of a run slow and takes that memory for good.
+    The store goes through all of its memory before it uses any again, and to touch a page for the first time
+    costs ten times as much as to write to it: one that is larger than needed, as Ray's of 30 % of the memory
+    is, makes the first minutes of a run slow and takes that memory for good.
     """
     return max(LEAST_STORE, min(2 * settings.prefetch_bytes, int(0.3 * psutil.virtual_memory().total)))
 

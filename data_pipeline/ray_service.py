@@ -265,9 +265,8 @@ class RemoteFeed:
     def heldout(self, documents: int) -> Batch:
         """See ``Feed.heldout``."""
         batch = self._call("heldout", self.client, documents)
-        return replace(
-            batch, **{f.name: np.array(getattr(batch, f.name)) for f in fields(batch)}
-        )  # ours to write
+        ours = {own.name: np.array(getattr(batch, own.name)) for own in fields(batch)}
+        return replace(batch, **ours)  # Ray's arrays cannot be written to
 
     def close(self) -> None:
         """Let go; the feeder gives back its actors, and ends by itself when nobody asks."""
