@@ -7,8 +7,8 @@
 
 Each peer runs in a process of its own, two workers, batches of 64, nothing shuffled, and only decodes,
 crops and resizes, with the same two library calls everywhere; litData and Mosaic Streaming read their own
-format, made of the same images, the others the tar files. Ours also plans, shuffles, encodes text, packs,
-masks, and checks.
+format, made of the same images, the others the tar files. Ours also plans, shuffles, packs, masks and
+checks.
 
 CPU-seconds are those of the process and all its children while ``COUNTED`` images come out, after the first
 ``SKIPPED`` and well before the last, so that as much is under way at the end as at the beginning. The ratio

@@ -21,14 +21,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import BadSample, DataError
 from data_pipeline.formats import Document, find_shards, parse_content
-from data_pipeline.index import SCHEMA, Entry, ShardIndex, index_shard, is_held_out, read_sidecar
+from data_pipeline.index import IMAGE, SCHEMA, Entry, ShardIndex, index_shard, is_held_out, read_sidecar
 from data_pipeline.quarantine import Failure, Ledger
 from data_pipeline.settings import DataSettings, SourceSettings, StorageSettings
 from data_pipeline.storage import Range, Stamp, Storage, is_local, join, local_path
 from data_pipeline.tables import read_table, write_table
 from data_pipeline.tokens import Tokenizer, load_tokenizer
+
+HELD = 256 << 20
+"""Bytes of indexes that a source holds at most, where it needs no more at a time."""
 
 SPLITS = ("train", "heldout")
 MANIFEST = pa.schema(
@@ -75,10 +78,12 @@ class Source:
         shards: in the order of their names.
         holdout: fraction of the documents that is held out.
         storage: where they are.
-        tokenizer: fingerprint of the one they were counted with.
+        tokenizer: fingerprint of the one their texts were encoded with.
         starts: int64 [shards + 1], number of the first document of each shard.
         places: URL and ETag of each shard.
         limit: indexes of shards that are kept in memory at most.
+        together: shards whose indexes are in use at a time.
+        fixed: indexes that cannot be kept beside their shards, as the folder is read-only; all are held.
     """
 
     settings: SourceSettings
@@ -87,6 +92,7 @@ class Source:
     storage: Storage
     tokenizer: str
     limit: int = 64
+    together: int = 1
     fixed: dict[int, ShardIndex] = field(default_factory=dict)
     _recent: OrderedDict[int, ShardIndex] = field(default_factory=OrderedDict)
 
@@ -116,12 +122,14 @@ class Source:
         """A document as it stands in its shard, by its number.
 
         Raises:
-            BadSample: when it cannot be read.
+            BadSample: when it cannot be read, or is not the one that was indexed.
         """
         entry = self.entry(number)
         url, etag = self.places[entry.shard]
         places = [Range(url, offset, size, etag) for offset, size in (entry.json, *entry.images)]
         pieces, metadata = parse_content(self.storage.read(places[0]))
+        if [kind == "image" for kind, _ in pieces] != [tokens == IMAGE for tokens in entry.pieces]:
+            raise BadSample("shard has changed", "the document's pieces are not those of its index")
         images = iter(places[1:])
         content = [self.storage.read(next(images)) if kind == "image" else value for kind, value in pieces]
         return Document(entry.key, content, metadata)
@@ -153,16 +161,15 @@ class Source:
             found = read_sidecar(self.storage, own.url, self.tokenizer)
             if found is None or found[1]["digest"] != own.digest:
                 raise DataError(f"{own.url}: its index is gone or another one; run `mmi data index`")
-            self._recent[shard] = ShardIndex(*found)
-            while len(self._recent) > self.limit:
-                self._recent.popitem(last=False)
+            self._keep(shard, ShardIndex(*found))
         self._recent.move_to_end(shard)
         return self._recent[shard]
 
     def fetch(self, shards: Iterable[int]) -> None:
-        """Read the indexes of some shards at once."""
-        missing = [s for s in shards if s not in self._recent and s not in self.fixed]
-        self.limit = max(self.limit, 4 * len(missing))
+        """Read the indexes of some shards that belong together at once."""
+        asked = list(shards)
+        missing = [s for s in asked if s not in self._recent and s not in self.fixed]
+        self.together, self.limit = max(self.together, len(asked)), max(self.limit, 4 * len(asked))
         if len(missing) < 2 or is_local(self.settings.path):
             return
         with ThreadPoolExecutor(min(len(missing), self.storage.settings.concurrency)) as pool:
@@ -170,7 +177,14 @@ class Source:
             found = pool.map(lambda url: read_sidecar(self.storage, url, self.tokenizer), urls)
             for shard, kept in zip(missing, found, strict=True):
                 if kept is not None and kept[1]["digest"] == self.shards[shard].digest:
-                    self._recent[shard] = ShardIndex(*kept)
+                    self._keep(shard, ShardIndex(*kept))
+
+    def _keep(self, shard: int, index: ShardIndex) -> None:
+        """Hold an index; the oldest are given up, but never what two sets of shards need."""
+        self._recent[shard] = index
+        held = sum(one.nbytes for one in self._recent.values())
+        while len(self._recent) > 2 * self.together and (len(self._recent) > self.limit or held > HELD):
+            held -= self._recent.popitem(last=False)[1].nbytes
 
 
 @dataclass
@@ -266,6 +280,10 @@ def manifest_of(path: str, tokenizer: str) -> str:
     )
 
 
+SUMMED = ["key", "image_sizes", "tokens", "reason", "detail"]
+"""Columns of an index that ``summary`` needs."""
+
+
 def summary(url: str, table: pa.Table, about: dict[str, Any], holdout: float) -> Shard:
     """A shard's line of the manifest."""
     good, bad = table.slice(0, about["documents"]), table.slice(about["documents"])
@@ -329,7 +347,7 @@ def _recounted(
         return shards
     counted = []
     for shard in shards:
-        found = read_sidecar(storage, shard.url, tokenizer.fingerprint)
+        found = read_sidecar(storage, shard.url, tokenizer.fingerprint, SUMMED)
         if found is None:
             raise DataError(f"{shard.url}: its index is gone; run `mmi data index`")
         counted.append(summary(shard.url, *found, holdout))

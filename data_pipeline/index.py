@@ -5,7 +5,8 @@ ones in the order of the shard, then the bad ones with their reason (``COLUMNS``
 the shard's size or ETag changes. Beside the shards of a source lies ``manifest.<tokenizer>.parquet``:
 one line a shard, with its counts and the digest of its index. A stream reads the manifest when it
 starts, and the index of a shard when documents of it are planned, so a corpus of 100,000 shards takes
-little memory. A run trains on the text that was indexed; of the shards it reads the images alone.
+little memory. Batches are made of the text that was indexed; of the shards they need the images alone. An
+index takes about two bytes for each token of text.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Line:
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
     pieces: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: np.ndarray | tuple[()] = ()
     text_bytes: int = 0
     content_digest: str = ""
     tokens: int = 0
@@ -106,8 +107,10 @@ class ShardIndex:
         table: of ``COLUMNS``; its metadata ``mmi`` holds stamp, tokenizer, documents and digest.
 
     Attributes:
+        about: what the table was made of.
         tokens: int64 [documents], of all texts of each.
         images: int64 [documents], of each.
+        nbytes: of the arrays.
     """
 
     def __init__(self, table: pa.Table, about: dict):
@@ -125,6 +128,7 @@ class ShardIndex:
         json_offsets, json_sizes = (
             np.append(good[name].to_numpy(), 0) for name in ("json_offset", "json_size")
         )
+        self.nbytes = sum(array.nbytes for array in (self._ids, self._pieces, self._places))
         # All that is to be known of a document and where the next one begins, in one piece of memory.
         self._starts = np.stack([images, pieces, tokens, json_offsets, json_sizes], 1)
 
@@ -166,9 +170,12 @@ def sidecar_of(url: str, tokenizer: str) -> str:
     return f"{url}.{tokenizer}.parquet"
 
 
-def read_sidecar(storage: Storage, url: str, tokenizer: str) -> tuple[pa.Table, dict] | None:
-    """A shard's index and what it was made of; None where there is none that can be read."""
-    found = read_table(storage, sidecar_of(url, tokenizer))
+def read_sidecar(
+    storage: Storage, url: str, tokenizer: str, columns: list[str] | None = None
+) -> tuple[pa.Table, dict] | None:
+    """A shard's index, all of it or some columns, and what it was made of; None where there is none that can
+    be read."""
+    found = read_table(storage, sidecar_of(url, tokenizer), columns)
     if found is None or found[1].get("schema") != SCHEMA or found[1].get("tokenizer") != tokenizer:
         return None
     return found
@@ -248,12 +255,13 @@ def _line(file: StoredFile, key: str, members: Sequence[Member], tokenizer: Toke
     content, metadata = parse_content(file.read(head.offset, head.size))
     line = Line(key, head.offset, head.size)
     line.content_digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=8).hexdigest()
+    ids: list[int] = []
     for kind, value in content:
         if kind == "text":
-            ids = tokenizer.encode(value)
-            line.pieces.append(len(ids))
-            line.token_ids += ids
-            line.tokens += len(ids)
+            own = tokenizer.encode(value)
+            ids += own
+            line.pieces.append(len(own))
+            line.tokens += len(own)
             line.text_bytes += len(value.encode())
             continue
         if value not in by_name or value == "json":
@@ -261,6 +269,7 @@ def _line(file: StoredFile, key: str, members: Sequence[Member], tokenizer: Toke
         if len(line.image_sizes) == MAX_IMAGES:
             raise BadSample("document has too many images", f"at most {MAX_IMAGES}")
         _add_image(line, file, by_name[value])
+    line.token_ids = np.array(ids, np.int32)
     language = metadata.get("language", metadata.get("lang", ""))
     line.language = language[:16] if isinstance(language, str) else ""
     return line

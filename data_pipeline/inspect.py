@@ -46,6 +46,10 @@ figure{display:inline-block;margin:.5em 1.5em .5em 0} figcaption{font-size:.9em}
 """
 
 
+SHOWN = ["tokens", "image_sizes", "widths", "heights", "text_bytes", "language", "flags"]
+"""Columns of an index that statistics are made of."""
+
+
 def inspect(settings: DataSettings, out: Path, rows: int = 8) -> Summary:
     """Write the page of a source.
 
@@ -106,7 +110,7 @@ def _statistics(source: Source) -> str:
     chosen = np.unique(np.linspace(0, len(source.shards) - 1, min(SHARDS, len(source.shards))).astype(int))
     tables = []
     for shard in chosen.tolist():
-        found = read_sidecar(source.storage, source.shards[shard].url, source.tokenizer)
+        found = read_sidecar(source.storage, source.shards[shard].url, source.tokenizer, SHOWN)
         if found is not None:
             tables.append(found[0].slice(0, found[1]["documents"]))
     if not tables:

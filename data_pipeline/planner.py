@@ -217,7 +217,9 @@ class Planner:
         for epoch, numbers in self.orders[source].drawn(first, count):
             texts, images = corpus.sizes(numbers)
             lengths = 2 + texts + (self.settings.image_tokens + 1) * images
-            whole = (lengths <= room) & (images <= (room if most is None else most))
+            whole = lengths <= room
+            if most is not None:
+                whole &= images <= most
             columns = (column.tolist() for column in (numbers, lengths, images, whole))
             for number, length, pictures, fits in zip(*columns, strict=True):
                 if fits:

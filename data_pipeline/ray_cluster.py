@@ -116,9 +116,13 @@ def store_bytes(settings: DataSettings) -> int:
 
     The store goes through all of its memory before it uses any again, and to touch a page for the first time
     costs ten times as much as to write to it: one that is larger than needed, as Ray's of 30 % of the memory
-    is, makes the first minutes of a run slow and takes that memory for good.
+    is, makes the first minutes of a run slow and takes that memory for good. What does not fit, as a step
+    larger than ``prefetch_bytes``, Ray writes to disk and reads again.
     """
-    return max(LEAST_STORE, min(2 * settings.prefetch_bytes, int(0.3 * psutil.virtual_memory().total)))
+    room = int(0.3 * psutil.virtual_memory().total)
+    if Path("/dev/shm").is_dir():  # Ray refuses a store that does not fit
+        room = min(room, int(0.9 * psutil.disk_usage("/dev/shm").free))
+    return max(LEAST_STORE, min(2 * settings.prefetch_bytes, room))
 
 
 def _knock(address: str) -> None:

@@ -93,7 +93,7 @@ class DataSettings:
         prefetch: steps made ahead of the one that is trained on.
         prefetch_bytes: pixels held ahead at most, on each data-parallel rank; the next step always
             may be made, however large. The object store of a Ray cluster that a run starts for itself is
-            twice as large.
+            twice as large, but at least 256 MiB and at most 30 % of the memory.
         task_timeout: seconds that a worker may take for a micro-batch; then it is asked again
             elsewhere.
         ray_address: of the cluster: ``auto`` takes the one this machine is part of, ``local`` starts

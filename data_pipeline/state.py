@@ -2,7 +2,7 @@
 
 A position is about 1 KB of JSON in the trainer's checkpoint:
 
-    {"schema": 3, "manifest": ..., "tokenizer": ..., "decoder": ..., "settings": {...},
+    {"schema": 4, "manifest": ..., "tokenizer": ..., "decoder": ..., "settings": {...},
      "mix": [{"drawn": [0, 0], "weights": [2, 1]}], "cursor": {"step": 120, "drawn": [640, 320], "row": 17}}
 
 ``cursor`` says where the stream stands, ``mix`` the weights of the sources from which position on, the
@@ -23,7 +23,7 @@ from data_pipeline.errors import ResumeError
 from data_pipeline.settings import DataSettings, SourceSettings
 from data_pipeline.views import is_random
 
-SCHEMA = 3
+SCHEMA = 4
 FIXED = (
     "context_length",
     "image_tokens",

@@ -242,9 +242,12 @@ class Stream:
             source: the source whose kind they are taken as (pair or interleaved).
 
         Raises:
-            DataError: when one does not fit the context length, or an image cannot be decoded.
+            DataError: when there are none, one does not fit the context length, or an image cannot be
+                decoded.
         """
         given = [documents] if isinstance(documents, Document) else documents
+        if not given:
+            raise DataError("no documents to make rows of")
         number = self._source(source)
         layout = Layout(self.tokenizer.special, self.settings)
         for document in given:

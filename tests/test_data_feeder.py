@@ -146,5 +146,6 @@ def test_actors_that_have_failed_are_replaced_for_the_next_trainer(feeder, expec
 
 def test_a_runs_own_object_store_is_as_large_as_what_is_made_ahead(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10 << 30))
+    monkeypatch.setattr(psutil, "disk_usage", lambda path: SimpleNamespace(free=100 << 30))
     sizes = {ahead: store_bytes(DataSettings(prefetch_bytes=ahead)) for ahead in (1, 1 << 30, 2 << 30)}
     assert sizes == {1: 256 << 20, 1 << 30: 2 << 30, 2 << 30: 3 << 30}

@@ -117,7 +117,10 @@ def test_actors_the_feeder_a_trainer_and_a_whole_node_are_lost_and_the_stream_go
             os.kill(processes(made[0])[0], signal.SIGKILL)
         if number == 20:  # a whole node, with its actors and its object store
             gone = cluster.decoding[0].node_id
-            there = sum(node == gone for node, _ in ray.get(feeder.workers.remote()))
+            until = time.monotonic() + 60  # the one that took the lost actor's place may be starting there
+            while not (there := sum(node == gone for node, _ in ray.get(feeder.workers.remote()))):
+                assert time.monotonic() < until
+                time.sleep(0.1)
             cluster.remove_node(cluster.decoding[0], allow_graceful=False)
         if number == 30:  # one that was only starting there Ray itself starts elsewhere
             noticed = time.monotonic() + 60
