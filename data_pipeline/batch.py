@@ -25,7 +25,7 @@ IMAGE_ID_BITS = 16
 class Batch:
     """One micro-batch.
 
-    Letters: T tokens, R rows, D documents (a run of padding counts as one), I input images,
+    Letters: T tokens, R rows, D documents (a run of padding in a row counts as one), I input images,
     J drawn images; h, w input pixels; H, W drawn pixels.
 
     Attributes:

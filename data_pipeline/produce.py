@@ -162,7 +162,7 @@ class Producer:
 
 def _masked(task: Task, bad: Collection[int], pad: int) -> tuple[np.ndarray, ...]:
     """tokens, cu_seqlens, source and sample_ids with some parts turned into padding, which counts as one with
-    the padding beside it."""
+    the padding beside it in its row."""
     if not bad:
         return task.tokens, task.cu_seqlens, task.source, task.sample_ids
     tokens, source, samples = task.tokens.copy(), task.source.copy(), task.sample_ids.copy()
@@ -171,5 +171,6 @@ def _masked(task: Task, bad: Collection[int], pad: int) -> tuple[np.ndarray, ...
         source[part] = samples[part] = PADDING
     kept = np.ones(len(source), bool)
     kept[1:] = (source[1:] != PADDING) | (source[:-1] != PADDING)
+    kept |= np.isin(task.cu_seqlens[:-1], task.row_starts)
     cu_seqlens = np.append(task.cu_seqlens[:-1][kept], task.cu_seqlens[-1:])
     return tokens, cu_seqlens, source[kept], samples[kept]

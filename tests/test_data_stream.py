@@ -351,6 +351,7 @@ def test_a_bad_image_is_masked_and_the_plan_does_not_move(tmp_path, blob, reason
         assert one.rows == other.rows
         a, b = one.batches(0, 1, 4, 1)[0], other.batches(0, 1, 4, 1)[0]
         b.validate()
+        assert np.isin(b.row_starts, b.cu_seqlens).all()
         span = np.repeat((a.sample_ids == 7), np.diff(a.cu_seqlens))
         masked += span.any()
         assert (b.tokens[span] == stream.tokenizer.special.pad).all()
@@ -377,6 +378,7 @@ def test_a_shard_that_shrinks_under_a_run_is_masked(tmp_path):
     (tmp_path / "a" / "000000.tar").write_bytes(b"short")
     batch = stream.next().batches(0, 1, 2, 1)[0]
     assert (batch.source == PADDING).all()
+    assert batch.cu_seqlens.tolist() == batch.row_starts.tolist()
     assert len(batch.images) == len(batch.drawn) == 0
     assert set(stream.ledger.counts("a")) == {"shard has changed"}
 
