@@ -16,6 +16,8 @@ from data_pipeline.pack import pack
 from data_pipeline.plan import Part, Permutation, parts_of, split_document
 from data_pipeline.planner import Order
 from data_pipeline.settings import DataSettings, SourceSettings, check_settings, whole_weights
+from data_pipeline.stream import Stream
+from tests.data_corpora import documents, make_settings, pairs
 
 
 @given(st.integers(1, 400), st.integers(-5, 5), st.integers(0, 3))
@@ -276,3 +278,18 @@ def test_settings_fit_a_structured_configuration():
     )
     made = OmegaConf.to_object(tree)
     assert made == DataSettings(sources=[SourceSettings("a", "x", 2.0)], context_length=128)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_images_per_row": 2}, {"context_length": 24}], ids=str)
+def test_a_window_takes_documents_as_they_are_taken_one_by_one(tmp_path, changes):
+    sources = {"a": documents(50), "b": documents(31, "e", 1), "pairs": pairs(40)}
+    planner = (stream := Stream(make_settings(tmp_path, sources, **changes))).planner
+    for source, order in enumerate(planner.orders):
+        found = planner.samples(source, 0, 2 * order.documents)
+        passes = [(epoch, n) for epoch, own in order.drawn(0, 2 * order.documents) for n in own.tolist()]
+        one_by_one = [p for epoch, number in passes for p in planner.parts(source, number, epoch, True)]
+        assert [p._replace(segments=None) for p in found] == [p._replace(segments=None) for p in one_by_one]
+        for one, other in zip(found, one_by_one, strict=True):
+            ours, theirs = stream.task([[one]]), stream.task([[other]])
+            assert np.array_equal(ours.tokens, theirs.tokens)
+            assert (ours.images, ours.cu_seqlens.tolist()) == (theirs.images, theirs.cu_seqlens.tolist())

@@ -303,24 +303,6 @@ def test_over_long_documents_start_anew_and_end_once(tmp_path):
     assert text == Counter(t for piece in long[0].content[::2] for t in stream.tokenizer.encode(piece))
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_images_per_row": 2}, {"context_length": 24}], ids=str)
-def test_a_window_takes_documents_as_they_are_taken_one_by_one(mixed, changes):
-    planner = (stream := Stream(replace(mixed, **changes))).planner
-    for source, order in enumerate(planner.orders):
-        found = planner.samples(source, 0, 2 * order.documents)
-        drawn = [
-            (number, epoch)
-            for epoch, numbers in order.drawn(0, 2 * order.documents)
-            for number in numbers.tolist()
-        ]
-        one_by_one = [p for number, epoch in drawn for p in planner.parts(source, number, epoch, True)]
-        assert [p._replace(segments=None) for p in found] == [p._replace(segments=None) for p in one_by_one]
-        for one, other in zip(found, one_by_one, strict=True):
-            ours, theirs = stream.task([[one]]), stream.task([[other]])
-            assert np.array_equal(ours.tokens, theirs.tokens)
-            assert (ours.images, ours.cu_seqlens.tolist()) == (theirs.images, theirs.cu_seqlens.tolist())
-
-
 def test_images_of_a_row_are_capped(tmp_path):
     chosen = make_settings(tmp_path, {"a": documents(40)}, max_images_per_row=3)
     rows, _ = Stream(chosen).planner.window([0])
