@@ -209,8 +209,8 @@ def run(
                 for one, measure in zip(own, measures, strict=True):
                     one.append(measure())
         rates.append(_total(made))
-        for all_of_it, one in zip(alone, own, strict=True):
-            all_of_it += one
+        for measured, one in zip(alone, own, strict=True):
+            measured += one
         ratios[executor] = {one[0].name: _ratios(made, one) for one in own}
     return {
         "decoder": Decoder(kind, 1).fingerprint,
