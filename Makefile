@@ -75,5 +75,5 @@ python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and neither is on the PATH: make PYTHON=/path/to/python3.11"; exit 1; }
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis kernels/mmi_kernels/_lib
+	rm -rf .venv build dist *.egg-info data_pipeline/_jpeg.* .pytest_cache .ruff_cache .mypy_cache .hypothesis kernels/mmi_kernels/_lib
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

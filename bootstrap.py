@@ -22,6 +22,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 CONSTRAINTS = ROOT / "constraints.txt"
 SOURCES = [CONSTRAINTS, ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__)]
+SOURCES += sorted((ROOT / "data_pipeline" / "csrc").iterdir())
 
 
 def main(extras: list[str]) -> None:

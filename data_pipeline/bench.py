@@ -2,8 +2,8 @@
 
 The raw limit is what the two calls that do the work give, on bytes in memory: decode, then crop and
 resize. Everything else the pipeline does (plan, read, pack, describe, check, carry to the trainer) makes its
-rate smaller. The pipeline's own decoder follows a rule, and where that saves work it is faster than the two
-calls in full; so delivery is also set against this decoder alone, which leaves what the rest costs.
+rate smaller. The pipeline's own decoder saves work that the two calls do, so it is faster than they are;
+delivery is therefore also set against this decoder alone, which leaves what the rest costs.
 
 CPU-seconds are those of the process and of all it has started, so a busy machine moves them little. Its clock
 and its caches are shared with others all the same, so limits and delivery are measured in turns of about half
@@ -29,8 +29,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from data_pipeline.decode import Decoder, Room
-from data_pipeline.errors import DataError
+from data_pipeline.decode import Decoder, Room, has_turbo
 from data_pipeline.feed import Division, open_feed
 from data_pipeline.formats import Document, write_documents
 from data_pipeline.settings import DataSettings, SourceSettings
@@ -97,9 +96,9 @@ def bench_settings(folder: Path, executor: str, workers: int, decoder: str = "au
     )
 
 
-def raw_limit(blobs: list[bytes], decoder: str, repeat: int) -> Rate:
-    """The bare library calls in a loop, one thread, the same interpolation as the pipeline's."""
-    decode = _bare(decoder)
+def raw_limit(blobs: list[bytes], repeat: int) -> Rate:
+    """The bare library calls in a loop, one thread: simplejpeg's and OpenCV's, without them Pillow's."""
+    decode = _bare()
     decode(blobs[0])
     started = time.thread_time(), time.perf_counter()
     for _ in range(repeat):
@@ -195,10 +194,10 @@ def run(
             return run(executors, images, workers, decoder, rounds, Path(place))
     if not (folder / "shards").exists():
         make_shards(folder, images)
-    kind = Decoder(decoder, 1).name
+    kind = Decoder(decoder, 1).name  # the same one in every process
     blobs = sample_blobs(folder)
     rates = [reading(folder, 4), packing(folder, 4)]
-    measures = (lambda: raw_limit(blobs, kind, REPEAT)), (lambda: decoding(blobs, kind, REPEAT))
+    measures = (lambda: raw_limit(blobs, REPEAT)), (lambda: decoding(blobs, kind, REPEAT))
     alone: list[list[Rate]] = [[], []]
     ratios: dict[str, dict[str, list[float]]] = {}
     for executor in executors:
@@ -227,8 +226,8 @@ def sample_blobs(folder: Path) -> list[bytes]:
     return [storage.read(place) for place in stream.next().task([0]).ranges()]
 
 
-def _bare(decoder: str) -> Callable[[bytes], Any]:
-    if decoder == "turbo":
+def _bare() -> Callable[[bytes], Any]:
+    if has_turbo():
         import cv2
         import simplejpeg
 
@@ -252,8 +251,6 @@ def _bare(decoder: str) -> Callable[[bytes], Any]:
         box = (left, top, left + side, top + side)
         return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
 
-    if decoder != "pillow":
-        raise DataError(f"decoder {decoder!r}: pillow or turbo")
     return pillow
 
 

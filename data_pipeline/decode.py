@@ -1,18 +1,22 @@
 """Image files to pixels.
 
-Two decoders, one rule. Where the picture is much larger than what is made of it, a JPEG is decoded at
+Three decoders, one rule. Where the picture is much larger than what is made of it, a JPEG is decoded at
 1/2, 1/4 or 1/8 of its size, which its DCT gives almost for free, still at least twice as large as
 needed; the rest of the way is an average over areas. Where it is not, it is decoded in full.
 
-``pillow`` is always there. ``turbo`` (simplejpeg and OpenCV, the ``data-fast`` extra) takes the JPEGs and
-leaves the rest, and every JPEG it does not like, to ``pillow``. It saves more where an average hides it:
-colours stored coarser than the light are repeated, not interpolated, from a shrink of ``REPEATED`` on, and
-up to ``BARELY`` the average is of a picture brought to exactly twice the size. The two decoders give slightly
-different pixels, so the fingerprint of the decoder is part of the data's position.
+``pillow`` is always there. The others take the JPEGs and leave the rest, and every JPEG they do not like, to
+``pillow``. ``native`` (csrc/, compiled with the package where libjpeg-turbo's headers are) brings light and
+colours to size as they are stored and makes RGB of them last, so that nothing is interpolated at the size of
+the picture; whatever is shrunk is an average over areas. ``turbo`` (simplejpeg and OpenCV, the ``data-fast``
+extra) resizes linearly below a shrink of 2, and saves more where an average hides it: colours stored
+coarser than the light are repeated, not interpolated, from a shrink of ``REPEATED`` on, and up to ``BARELY``
+the average is of a picture brought to exactly twice the size. The decoders give slightly different pixels,
+so the fingerprint of the decoder is part of the data's position.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import math
@@ -30,7 +34,7 @@ from data_pipeline.errors import BadSample, SettingsError
 from data_pipeline.views import CENTER, View
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-DECODERS = ("auto", "pillow", "turbo")
+DECODERS = ("auto", "native", "turbo", "pillow")
 RULE = 2
 """Version of the rule; part of the fingerprint."""
 REDUCTIONS = (8, 4, 2)
@@ -46,6 +50,11 @@ BARELY = 2.15
 """Above ``OVERSIZE`` and up to this shrink, a linear resize to exactly ``OVERSIZE`` times the size and the
 average of two by two pixels stand for the average over areas: OpenCV takes a third of the time, and on
 photographs that is at most 0.2 dB further from the truth in the median (the same file)."""
+NEEDS = {
+    "native": "a C++ compiler and libjpeg-turbo's headers (Debian: libjpeg-dev) at installation",
+    "turbo": "`pip install mmi-megatron[data-fast]`",
+}
+"""What a decoder that is not there takes."""
 TURNS = {2: "h", 3: "rr", 4: "v", 5: "t", 6: "r", 7: "rrt", 8: "rrr"}
 """What an EXIF orientation takes to stand upright: h, v mirror, r a quarter to the right, t transpose."""
 
@@ -74,11 +83,11 @@ class Decoder:
     """Images to squares of pixels.
 
     Args:
-        name: ``pillow``, ``turbo``, or ``auto``: turbo where its packages can be imported.
+        name: ``native``, ``turbo``, ``pillow``, or ``auto``: the first of these that is there.
         max_pixels: an image of more pixels is a bad sample; never decoded.
 
     Raises:
-        SettingsError: when the decoder is unknown or its packages are not there.
+        SettingsError: when the decoder is unknown or not there.
 
     Attributes:
         name: the decoder that was chosen.
@@ -88,15 +97,17 @@ class Decoder:
     def __init__(self, name: str, max_pixels: int):
         if name not in DECODERS:
             raise SettingsError(f"data.decoder: must be one of {', '.join(DECODERS)}, got {name!r}")
-        there = all(importlib.util.find_spec(package) for package in ("cv2", "simplejpeg"))
-        if name == "turbo" and not there:
-            raise SettingsError("data.decoder: turbo needs `pip install mmi-megatron[data-fast]`")
-        self.name = ("turbo" if there else "pillow") if name == "auto" else name
+        there = {"native": has_native(), "turbo": has_turbo(), "pillow": True}
+        if not there.get(name, True):
+            raise SettingsError(f"data.decoder: {name} needs {NEEDS[name]}")
+        self.name = next(own for own in DECODERS if there.get(own)) if name == "auto" else name
         self.max_pixels = max_pixels
         versions = [f"rule {RULE}", f"pillow {PIL.__version__}", f"libjpeg-turbo {_libjpeg()}"]
         if self.name == "turbo":
             cv2, simplejpeg = _turbo()
             versions += [f"simplejpeg {simplejpeg.__version__}", f"opencv {cv2.__version__}"]
+        elif self.name == "native":
+            versions += [f"compiled with libjpeg-turbo {_native().version}"]
         self.fingerprint = ", ".join([self.name, *versions])
         self._room = Room()
 
@@ -112,16 +123,18 @@ class Decoder:
             BadSample: when it cannot be decoded to the end, or has more than ``max_pixels``.
         """
         target = math.ceil(max(map(len, out)) / view.side)  # of the whole picture: what it is reduced to
-        pixels = self._turbo(blob, target) if self.name == "turbo" and blob[:2] == b"\xff\xd8" else None
-        if pixels is None:
-            image, reduced = self._pillow(blob, target)
-            for square in out:
-                way = Image.Resampling.BOX if reduced else Image.Resampling.BICUBIC
-                found = np.asarray(_square(image, len(square), way, view))
-                square[...] = found[:, ::-1] if view.mirrored else found
-            return
+        if self.name != "pillow" and blob[:2] == b"\xff\xd8":
+            if self.name == "native":
+                done = self._native(blob, target, out, view)
+            else:
+                done = self._turbo(blob, target, out, view)
+            if done:
+                return
+        image, reduced = self._pillow(blob, target)
         for square in out:
-            resize(pixels, square, view)
+            way = Image.Resampling.BOX if reduced else Image.Resampling.BICUBIC
+            found = np.asarray(_square(image, len(square), way, view))
+            square[...] = found[:, ::-1] if view.mirrored else found
 
     def _pillow(self, blob: bytes, target: int) -> tuple[Image.Image, bool]:
         image = open_image(blob, self.max_pixels)
@@ -130,13 +143,31 @@ class Decoder:
             image.draft(image.mode, (-(-image.width // factor), -(-image.height // factor)))
         return _upright(image), factor > 1
 
-    def _turbo(self, blob: bytes, target: int) -> np.ndarray | None:
-        """A JPEG's pixels [h, w, 3], or None: Pillow is to say what is wrong with it, or to decode it."""
+    def _native(self, blob: bytes, target: int, out: Sequence[np.ndarray], view: View) -> bool:
+        """A JPEG's squares; or False: Pillow is to say what is wrong with it, or to decode it."""
+        jpeg = _native()
+        size = jpeg.size(blob)
+        if size is None or size[0] * size[1] > self.max_pixels:
+            return False
+        factor, turns = reduction(size, target), TURNS.get(_orientation(blob))
+        if turns is None:
+            box = tuple(map(int, view.box(*size)))
+            return jpeg.squares(blob, out, factor, box, view.mirrored)
+        lying = [np.empty_like(square) for square in out]
+        if not jpeg.squares(blob, lying, factor, _lying(view, size, turns), False):
+            return False
+        for square, one in zip(out, lying, strict=True):
+            found = _turned(one, turns)
+            square[...] = found[:, ::-1] if view.mirrored else found
+        return True
+
+    def _turbo(self, blob: bytes, target: int, out: Sequence[np.ndarray], view: View) -> bool:
+        """A JPEG's squares; or False: Pillow is to say what is wrong with it, or to decode it."""
         _, simplejpeg = _turbo()
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(blob)
             if space not in ("YCbCr", "Gray") or height * width > self.max_pixels:
-                return None
+                return False
             factor = reduction((width, height), target)
             rows, columns = -(-height // factor), -(-width // factor)
             repeated = min(rows, columns) >= REPEATED * target
@@ -148,8 +179,11 @@ class Decoder:
                 least = {"min_height": rows, "min_width": columns, "min_factor": float(factor)}
                 pixels = simplejpeg.decode_jpeg(blob, "RGB", fastupsample=repeated, buffer=room, **least)
         except ValueError:
-            return None
-        return _turned(pixels, turns) if turns else pixels
+            return False
+        pixels = _turned(pixels, turns) if turns else pixels
+        for square in out:
+            resize(pixels, square, view)
+        return True
 
 
 def reduction(size: tuple[int, int], target: int) -> int:
@@ -220,7 +254,22 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# The fast decoder
+# The fast decoders
+
+
+def has_native() -> bool:
+    """Whether ``native`` was compiled when the package was installed."""
+    return importlib.util.find_spec("data_pipeline._jpeg") is not None
+
+
+def has_turbo() -> bool:
+    """Whether the packages of ``turbo`` are installed."""
+    return all(importlib.util.find_spec(package) for package in ("cv2", "simplejpeg"))
+
+
+@cache
+def _native() -> Any:
+    return importlib.import_module("data_pipeline._jpeg")
 
 
 @cache
@@ -262,6 +311,25 @@ def resize(pixels: np.ndarray, out: np.ndarray, view: View) -> None:
         cv2.flip(square, 1, dst=out)
     elif side == size:
         out[...] = square
+
+
+def _lying(view: View, size: tuple[int, int], turns: str) -> tuple[int, int, int]:
+    """A view's left edge, top edge and side in a picture as it is stored, which ``turns`` make upright."""
+    sizes = [size]
+    for turn in turns:
+        width, height = sizes[-1]
+        sizes.append((height, width) if turn in "rt" else (width, height))
+    x, y, side = map(int, view.box(*sizes.pop()))
+    for turn, (width, height) in zip(reversed(turns), reversed(sizes), strict=True):
+        if turn == "r":
+            x, y = y, height - x - side
+        elif turn == "t":
+            x, y = y, x
+        elif turn == "h":
+            x = width - x - side
+        else:
+            y = height - y - side
+    return x, y, side
 
 
 def _turned(pixels: np.ndarray, turns: str) -> np.ndarray:

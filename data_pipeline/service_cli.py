@@ -29,7 +29,7 @@ def bench(
     executors: Annotated[str, typer.Option(help="Which to measure.")] = "inline,threads,processes",
     images: Annotated[int, typer.Option(help="Of the shards that are made for it.")] = 3000,
     workers: Annotated[int, typer.Option(help="Of each executor.")] = 2,
-    decoder: Annotated[str, typer.Option(help="auto, turbo or pillow.")] = "auto",
+    decoder: Annotated[str, typer.Option(help="auto, native, turbo or pillow.")] = "auto",
     rounds: Annotated[int, typer.Option(help="Turns of the raw limit and delivery.")] = 12,
     folder: Annotated[Path | None, typer.Option(help="Where the shards are kept, to measure again.")] = None,
     as_json: Json = False,

@@ -9,6 +9,7 @@ from sys import version_info
 
 from rich.table import Table
 
+from data_pipeline.decode import DECODERS, NEEDS, Decoder
 from mmi_megatron import platform
 
 PACKAGES = ("torch", "torchvision", "megatron-core", "timm", "diffusers", "transformers")
@@ -26,11 +27,11 @@ class Finding:
 def examine() -> list[tuple[str, list[Finding]]]:
     """All findings, by section; a machine without torch can prepare data and has no fast paths."""
     if installed("torch") is None:
-        return [("versions", versions())]
+        return [("versions", versions()), ("fast paths", [image_decoder()])]
     return [
         ("machine", machine()),
         ("versions", versions()),
-        ("fast paths", [transformer_engine(), apex(), flash_attention(), optimizer(), kernels()]),
+        ("fast paths", fast_paths()),
     ]
 
 
@@ -54,6 +55,11 @@ def installed(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def fast_paths() -> list[Finding]:
+    """What is used where it is there, and what stands in for it."""
+    return [transformer_engine(), apex(), flash_attention(), optimizer(), kernels(), image_decoder()]
 
 
 def transformer_engine() -> Finding:
@@ -99,6 +105,16 @@ def kernels() -> Finding:
     if found["implementation"] == "compiled":
         return Finding("compiled kernels", "in use", f"CPU, {found['instruction_set']}")
     return Finding("compiled kernels", "falls back", found["reason"] or "not built")
+
+
+def image_decoder() -> Finding:
+    """What decodes the images of training data."""
+    chosen = Decoder("auto", 1)
+    if chosen.name == DECODERS[1]:
+        return Finding("image decoder", "in use", chosen.name)
+    missing = DECODERS[1 : DECODERS.index(chosen.name)]
+    reasons = "; ".join(f"{name} needs {NEEDS[name]}" for name in missing)
+    return Finding("image decoder", "falls back", f"{chosen.name}: {reasons}")
 
 
 def as_table(sections: list[tuple[str, list[Finding]]]) -> Table:

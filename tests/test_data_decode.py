@@ -1,18 +1,24 @@
 """The decoder's rule: large JPEGs are decoded small, upright all the same, close to the full decode."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.decode import Decoder, Room, crop, decode, reduction
+from data_pipeline.decode import Decoder, Room, crop, decode, has_native, reduction
 from data_pipeline.errors import BadSample, ResumeError, SettingsError
 from data_pipeline.stream import Stream
 from data_pipeline.views import CENTER, View
 from tests.data_corpora import cut_jpeg, documents, huge_png, make_settings
 
 PIXELS = 1 << 30
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(not has_native(), reason="not compiled: no headers of libjpeg-turbo")
+)
+EACH = ["pillow", NATIVE, pytest.param("turbo", marks=pytest.mark.soak)]
+"""The decoders; turbo needs an extra."""
 
 
 def scene(width: int, height: int, orientation: int = 1, kind: str = "JPEG", **coding) -> bytes:
@@ -68,7 +74,7 @@ def test_a_jpeg_is_reduced_while_twice_the_target_is_left(size, target, factor):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("name", ["pillow", pytest.param("turbo", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("name", EACH)
 def test_reduced_and_upright_as_the_full_decode(name, orientation):
     blob = scene(1000, 700, orientation)
     (small,) = squares(Decoder(name, PIXELS), blob, 64)
@@ -78,7 +84,7 @@ def test_reduced_and_upright_as_the_full_decode(name, orientation):
     assert psnr(small, full) > 8 + max(psnr(small, other) for other in others)
 
 
-@pytest.mark.parametrize("name", ["pillow", pytest.param("turbo", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("name", EACH)
 def test_both_sizes_come_from_one_decode_and_bad_images_are_named(name):
     decoder = Decoder(name, 4_000_000)
     for kind in ("JPEG", "PNG", "WEBP"):
@@ -104,7 +110,18 @@ def test_turbo_leaves_what_it_does_not_know_to_pillow():
     Image.fromarray(np.full((80, 80, 4), 90, np.uint8), "CMYK").save(file, "JPEG")
     both = [squares(Decoder(name, PIXELS), file.getvalue(), 32)[0] for name in ("turbo", "pillow")]
     assert np.array_equal(*both)
-    assert Decoder("auto", PIXELS).name == "turbo"
+
+
+def test_the_first_decoder_that_is_there_is_taken_and_what_another_needs_is_said(monkeypatch):
+    for native, turbo, chosen in ((1, 1, "native"), (0, 1, "turbo"), (0, 0, "pillow")):
+        monkeypatch.setattr("data_pipeline.decode.has_native", lambda: native)  # noqa: B023
+        monkeypatch.setattr("data_pipeline.decode.has_turbo", lambda: turbo)  # noqa: B023
+        monkeypatch.setattr("data_pipeline.decode._native", lambda: SimpleNamespace(version="3"))
+        monkeypatch.setattr("data_pipeline.decode._turbo", lambda: [SimpleNamespace(__version__="1")] * 2)
+        assert Decoder("auto", PIXELS).name == chosen
+    for name, need in (("native", "libjpeg-turbo's headers"), ("turbo", "data-fast")):
+        with pytest.raises(SettingsError, match=f"data.decoder: {name} needs .*{need}"):
+            Decoder(name, PIXELS)
 
 
 @pytest.mark.soak
@@ -176,7 +193,7 @@ def test_pixels_of_images_that_are_not_reduced_are_those_of_the_release(tmp_path
 
 
 def test_an_unknown_decoder_is_refused():
-    with pytest.raises(SettingsError, match=r"data\.decoder: must be one of auto, pillow, turbo"):
+    with pytest.raises(SettingsError, match=r"data\.decoder: must be one of auto, native, turbo, pillow"):
         Decoder("nvjpeg", PIXELS)
 
 

@@ -15,6 +15,7 @@ from data_pipeline.stream import Stream
 from data_pipeline.views import CENTER, View, view_of
 from tests.data_corpora import make_settings
 from tests.data_soak import checksums, feeds, step
+from tests.test_data_decode import EACH
 
 
 def noise(seed: int, width: int = 40, height: int = 24) -> bytes:
@@ -52,7 +53,7 @@ def test_views_are_drawn_as_the_settings_say():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-@pytest.mark.parametrize("name", ["pillow", pytest.param("turbo", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("name", EACH)
 def test_a_view_is_that_square_of_the_picture(name, kind):
     """Against slices of the decoded picture: views whose square has the pixels asked for."""
     file = io.BytesIO()
@@ -65,7 +66,7 @@ def test_a_view_is_that_square_of_the_picture(name, kind):
         x, y = int(left * 32), int(top * 16)
         square = whole[y : y + 16, x : x + 16]
         expected = square[:, ::-1] if mirrored else square
-        assert np.abs(out.astype(int) - expected).max() <= (2 if name == "turbo" else 0)
+        assert np.abs(out.astype(int) - expected).max() <= (0 if name == "pillow" else 2)
 
 
 def test_a_reduced_jpeg_keeps_twice_the_pixels_of_the_square():
