@@ -8,7 +8,7 @@
 Each peer runs in a process of its own, two workers, batches of 64, nothing shuffled, and only decodes,
 crops and resizes, with the same two library calls everywhere; litData and Mosaic Streaming read their own
 format, made of the same images, the others the tar files. Ours also plans, shuffles, packs, masks and
-checks.
+checks; it decodes with its own decoder (``native``), and once more with the two calls (``turbo``).
 
 CPU-seconds are those of the process and all its children while ``COUNTED`` images come out, after the first
 ``SKIPPED`` and well before the last, so that as much is under way at the end as at the beginning. The ratio
@@ -180,14 +180,14 @@ def streaming(shards: list[str], folder: Path) -> Iterator[int]:
     yield from map(len, DataLoader(data, batch_size=BATCH, num_workers=WORKERS, collate_fn=np.stack))
 
 
-def ours(executor: str) -> Callable[[list[str], Path], Iterator[int]]:
-    """This project, with an executor."""
+def ours(executor: str, decoder: str = "native") -> Callable[[list[str], Path], Iterator[int]]:
+    """This project, with an executor and a decoder."""
 
     def run(shards: list[str], folder: Path) -> Iterator[int]:
         from data_pipeline.bench import bench_settings
         from data_pipeline.feed import Division, open_feed
 
-        settings = bench_settings(folder, executor, WORKERS, "turbo")
+        settings = bench_settings(folder, executor, WORKERS, decoder)
         with open_feed(settings, Division(0, 1, 1, 1), 1) as feed:
             while True:
                 for batch in feed.next().batches:
@@ -200,6 +200,9 @@ PEERS: dict[str, Callable[[list[str], Path], Iterator[int]]] = {
     "ours, threads": ours("threads"),
     "ours, processes": ours("processes"),
     "ours, ray": ours("ray"),
+    "ours, threads, turbo": ours("threads", "turbo"),
+    "ours, processes, turbo": ours("processes", "turbo"),
+    "ours, ray, turbo": ours("ray", "turbo"),
     "litdata": litdata,
     "webdataset": webdataset,
     "ray data": ray_data,
