@@ -146,15 +146,12 @@ class Decoder:
     def _native(self, blob: bytes, target: int, out: Sequence[np.ndarray], view: View) -> bool:
         """A JPEG's squares; or False: Pillow is to say what is wrong with it, or to decode it."""
         jpeg = _native()
-        size = jpeg.size(blob)
-        if size is None or size[0] * size[1] > self.max_pixels:
-            return False
-        factor, turns = reduction(size, target), TURNS.get(_orientation(blob))
-        if turns is None:
-            box = tuple(map(int, view.box(*size)))
-            return jpeg.squares(blob, out, factor, box, view.mirrored)
+        done = jpeg.view(blob, out, target, self.max_pixels, (view.side, view.left, view.top), view.mirrored)
+        if done is not None:
+            return done
+        size, turns = jpeg.size(blob), TURNS.get(_orientation(blob), "")
         lying = [np.empty_like(square) for square in out]
-        if not jpeg.squares(blob, lying, factor, _lying(view, size, turns), False):
+        if not jpeg.part(blob, lying, reduction(size, target), _lying(view, size, turns), False):
             return False
         for square, one in zip(out, lying, strict=True):
             found = _turned(one, turns)

@@ -167,7 +167,8 @@ class Feed:
     def again(self, index: int) -> Produced:
         """Have a micro-batch of the last share made once more: it was lost on the way."""
         assert self._last is not None
-        return self.executor.submit(self._last.step.task(self._last.groups[index])).result()
+        (pending,) = self.executor.submit(self._last.step.task(self._last.groups[index]))
+        return pending.result()
 
     def heldout(self, documents: int) -> Batch:
         """Held-out documents of the first source, a row each; see ``Stream.heldout_documents``."""
@@ -178,7 +179,7 @@ class Feed:
     ) -> list[Produced]:
         """What ``validation_batches`` gives, as the executor made it."""
         tasks = self.stream.validation_tasks(source, documents, rows_per_micro_batch, rank, ranks)
-        pending = [self.executor.submit(task) for task in tasks]
+        pending = self.executor.submit(*tasks)
         return [self.stream.record(future.result()) for future in pending]
 
     def validation_batches(
@@ -205,8 +206,8 @@ class Feed:
                 division.rank, division.ranks, division.rows_per_micro_batch, division.count
             )
             tasks: list[Task] = [step.task(group) for group in groups]
-            pending = [self.executor.submit(task) for task in tasks]
-            self._ahead.append(_Ahead(step, groups, sum(task.nbytes for task in tasks), pending))
+            nbytes = sum(task.nbytes for task in tasks)
+            self._ahead.append(_Ahead(step, groups, nbytes, self.executor.submit(*tasks)))
 
     def drop(self) -> None:
         """Forget what is made ahead."""

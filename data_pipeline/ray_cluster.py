@@ -59,8 +59,13 @@ def connect(settings: DataSettings) -> None:
     try:
         _knock(settings.ray_address)
         if settings.ray_address == "local":
-            # Metrics and the history of tasks are for a dashboard, and there is none.
-            config = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
+            # Metrics and the history of tasks are for a dashboard, and there is none; a worker for tasks that
+            # are no actor's would never have one.
+            config = {
+                "enable_metrics_collection": False,
+                "task_events_report_interval_ms": 0,
+                "prestart_worker_first_driver": False,
+            }
             common |= {"include_dashboard": False, "_system_config": config}
             store = {"object_store_memory": store_bytes(settings)}
             ray.init(address="local", num_cpus=settings.workers + 1, **store, **common)

@@ -24,7 +24,7 @@ import numpy as np
 from data_pipeline.batch import Batch
 from data_pipeline.errors import DataError
 from data_pipeline.executors import collect_rarely
-from data_pipeline.executors.ray_actors import RayActors, fetch
+from data_pipeline.executors.ray_actors import RayActors, Stored, fetch
 from data_pipeline.feed import Division, Feed, Share, setup_of
 from data_pipeline.optional import ray
 from data_pipeline.ray_cluster import NAMESPACE, connect
@@ -102,9 +102,9 @@ class Feeder:
                 self.clients[name] = Client(feed)
             return feed.state()
 
-    def next(self, name: str, number: int) -> tuple[bytes, list[Any]]:
+    def next(self, name: str, number: int) -> tuple[bytes, list[Stored]]:
         """A rank's share of the step of that number, which follows the last one asked for, or is it: pickled
-        here, which takes less than half as long as Ray's own pickling; and the references to its batches."""
+        here, which takes less than half as long as Ray's own pickling; and where its batches are."""
         with self._client(name) as client:
             share = self._share(name, client, number)
         return pickle.dumps(replace(share, batches=[], elsewhere=[]), 5), share.elsewhere
@@ -225,7 +225,8 @@ class RemoteFeed:
         number = self._state["cursor"]["step"]
         asked = self._retried(lambda: ray.get(self._asked or self.feeder.next.remote(self.client, number)))
         share: Share = pickle.loads(asked[0])
-        batches = [self._fetched(number, index, reference) for index, reference in enumerate(asked[1])]
+        held: dict[Any, Any] = {}
+        batches = [self._fetched(number, index, stored, held) for index, stored in enumerate(asked[1])]
         self._state = share.state
         self._asked = self.feeder.next.remote(self.client, number + 1)
         return replace(share, batches=batches)
@@ -256,8 +257,9 @@ class RemoteFeed:
         arguments = (source, documents, rows_per_micro_batch, rank, ranks)
         for _ in range(RETRIES):
             made = self._call("validation", self.client, *arguments)
+            held: dict[Any, Any] = {}
             try:
-                return [fetch(produced.elsewhere, PULL) for produced in made]
+                return [fetch(produced.elsewhere, held, PULL) for produced in made]
             except ray.exceptions.RayError as error:
                 log.warning("held-out batches were lost on the way (%s); asked again", error)
         raise DataError(f"held-out batches were lost {RETRIES} times on their way from the data service")
@@ -274,14 +276,14 @@ class RemoteFeed:
         with suppress(ray.exceptions.RayError):  # it is lost, and its actors with it
             ray.get(self.feeder.leave.remote(self.client), timeout=LEAVE)
 
-    def _fetched(self, number: int, index: int, reference: Any) -> Batch:
+    def _fetched(self, number: int, index: int, stored: Stored, held: dict[Any, Any]) -> Batch:
         """A micro-batch of a step; made again when it was lost with its node."""
         for _ in range(RETRIES):
             try:
-                return fetch(reference, PULL)
+                return fetch(stored, held, PULL)
             except ray.exceptions.RayError as error:
                 log.warning("a batch was lost on the way (%s); it is made again", str(error).split("\n")[0])
-                reference = self._call("again", self.client, number, index).elsewhere
+                stored = self._call("again", self.client, number, index).elsewhere
         raise DataError(f"a batch was lost {RETRIES} times on its way from the data service")
 
     def _find(self) -> Any:

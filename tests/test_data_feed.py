@@ -103,7 +103,7 @@ def test_workers_with_another_decoder_or_tokenizer_are_refused(mixed):
     setup = setup_of(stream)
     for changed in (replace(setup, decoder="another"), replace(setup, tokenizer="another")):
         with pytest.raises(DataError, match="is .*, the trainer's 'another'"):
-            make_executor(changed).submit(stream.next().task([0])).result(timeout=60)
+            make_executor(changed).submit(stream.next().task([0]))[0].result(timeout=60)
 
 
 def test_shared_memory_is_used_again_and_never_under_a_batch_in_use(mixed):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from data_pipeline.decode import TURNS, Decoder, _lying, _turned, crop, decode
+from data_pipeline.decode import TURNS, Decoder, _lying, _turned, crop, decode, reduction
 from data_pipeline.errors import BadSample
 from data_pipeline.views import View
 from tests.test_data_decode import PIXELS, psnr, scene, squares
@@ -25,7 +25,7 @@ TO_RGB = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
 
 def drawn(blob: bytes, size: int, box, factor: int = 1, mirrored: bool = False, vectors: bool = True):
     out = np.empty((size, size, 3), np.uint8)
-    assert jpeg.squares(blob, [out], factor, box, mirrored, vectors)
+    assert jpeg.part(blob, [out], factor, box, mirrored, vectors)
     return out
 
 
@@ -165,6 +165,23 @@ def test_several_sizes_come_from_one_decode_and_threads_do_not_meet():
         assert all(map(np.array_equal, found, alone[number % 8]))
 
 
+def test_the_rule_is_that_of_the_other_decoders():
+    draw = random.Random(2)
+    for _ in range(60):
+        blob = scene(width := draw.randint(20, 900), height := draw.randint(20, 900), 0)
+        view = View(draw.uniform(0.3, 1), draw.random(), draw.random(), draw.random() < 0.5)
+        sizes = draw.choice([(8,), (16, 50), (100,), (224,)])
+        target = math.ceil(max(sizes) / view.side)
+        out = [np.empty((size, size, 3), np.uint8) for size in sizes]
+        shares = view.side, view.left, view.top
+        assert jpeg.view(blob, out, target, width * height, shares, view.mirrored)
+        factor, box = reduction((width, height), target), tuple(map(int, view.box(width, height)))
+        for found, size in zip(out, sizes, strict=True):
+            assert np.array_equal(found, drawn(blob, size, box, factor, view.mirrored))
+        assert jpeg.view(blob, out, target, width * height - 1, shares, view.mirrored) is False
+    assert jpeg.view(scene(80, 60), out, 224, 1 << 20, (1, 0.5, 0.5), False) is None
+
+
 @pytest.mark.parametrize("orientation", TURNS)
 def test_a_view_of_a_turned_picture_is_the_view_of_the_upright_one(orientation):
     turns, size, view = TURNS[orientation], (40, 30), View(0.5, 0.2, 0.9)
@@ -194,10 +211,10 @@ def test_what_it_does_not_know_and_what_is_damaged_is_left_to_pillow():
     assert np.array_equal(*both)
     whole, out = scene(200, 100), np.empty((32, 32, 3), np.uint8)
     for blob in (b"", b"\xff\xd8", b"\xff\xd8 no image", whole[:300]):
-        assert jpeg.size(blob) is None or not jpeg.squares(blob, [out], 1, (0, 0, 100), False)
+        assert jpeg.size(blob) is None or not jpeg.part(blob, [out], 1, (0, 0, 100), False)
     for cut in (len(whole) // 2, len(whole) - 2):  # not even the end marker may be missing
         assert jpeg.size(whole[:cut]) == (200, 100)
-        assert not jpeg.squares(whole[:cut], [out], 1, (0, 0, 100), False)
+        assert not jpeg.part(whole[:cut], [out], 1, (0, 0, 100), False)
     with pytest.raises(BadSample):
         squares(Decoder("native", PIXELS), whole[: len(whole) // 2], 32)
     with pytest.raises(BadSample, match="200 x 100"):
@@ -218,7 +235,7 @@ def test_damage_at_random_is_survived():
             del blob[draw.randrange(len(blob)) :]
         size = jpeg.size(bytes(blob))
         if size is not None and size[0] * size[1] < 1 << 20:
-            taken += jpeg.squares(bytes(blob), [out], draw.choice([1, 2, 8]), (0, 0, min(size)), False)
+            taken += jpeg.part(bytes(blob), [out], draw.choice([1, 2, 8]), (0, 0, min(size)), False)
         if trial % 100 == 0:
             assert all(map(np.array_equal, (drawn(b, 48, (0, 0, 120)) for b in originals), expected))
     assert 0 < taken < 2000
@@ -236,12 +253,12 @@ def test_arguments_that_make_no_sense_are_refused():
         7,
     ):
         with pytest.raises((ValueError, TypeError, BufferError)):
-            jpeg.squares(blob, out, 1, (0, 0, 64), False)
+            jpeg.part(blob, out, 1, (0, 0, 64), False)
     for box in ((0, 0, 0), (0, 0, -3), (math.nan, 0, 64), (0, 0, math.inf), (-1, 0, 64), (1, 0, 64)):
         with pytest.raises(ValueError, match="within the picture"):
-            jpeg.squares(blob, [good], 1, box, False)
+            jpeg.part(blob, [good], 1, box, False)
     with pytest.raises(ValueError, match="factor"):
-        jpeg.squares(blob, [good], 3, (0, 0, 64), False)
+        jpeg.part(blob, [good], 3, (0, 0, 64), False)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (480, 360), (1000, 900)])

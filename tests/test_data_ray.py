@@ -199,7 +199,7 @@ def test_a_cluster_without_room_is_an_error_by_name(mixed, monkeypatch):
     executor = Greedy(setup_of(stream))
     try:
         with pytest.raises(DataError, match="no data actor came up within 3 s"):
-            executor.submit(stream.next().task([0])).result(timeout=60)
+            executor.submit(stream.next().task([0]))[0].result(timeout=60)
     finally:
         executor.close()
 

@@ -10,8 +10,6 @@
 #include <csetjmp>
 #include <cstdio>
 #include <memory>
-#include <stdexcept>
-#include <string>
 
 #include <jpeglib.h>
 
@@ -37,6 +35,9 @@ int block_width(const jpeg_component_info& own) { return own.DCT_scaled_size; }
 int block_height(const jpeg_component_info& own) { return own.DCT_scaled_size; }
 int least_block(const jpeg_decompress_struct& jpeg) { return jpeg.min_DCT_scaled_size; }
 #endif
+
+constexpr int HELD = 32;  // rows of values kept beside those of a band: the more, the more rarely they are moved
+constexpr char EXIF[6] = {'E', 'x', 'i', 'f', 0, 0};
 
 struct Square {
     uint8_t* pixels;  // [size][size][3]
@@ -86,25 +87,38 @@ struct Filters {
     }
 };
 
-// A plane's way to a square, and the rows of it that are ready.
+// A plane's way to a square: the rows of values that are still needed, of those that have come.
 struct Way {
     std::shared_ptr<const Filters> filters;
-    int width;
-    std::unique_ptr<int16_t[]> values;  // [down.end - down.begin][width]
+    int width, begin, end;        // rows begin up to end are held
+    std::vector<int16_t> values;  // [room for rows][width]
 
-    explicit Way(std::shared_ptr<const Filters> own)
+    Way(std::shared_ptr<const Filters> own, int band)
         : filters(std::move(own)),
           width(resample::padded(filters->down.size)),
-          values(new int16_t[size_t(filters->down.end - filters->down.begin) * width]) {}
+          begin(filters->down.begin),
+          end(begin),
+          values(size_t(band + filters->down.taps + HELD) * width) {}
 
-    void take(const uint8_t* pixels, int row) {
-        const Filter& down = filters->down;
-        if (row >= down.begin && row < down.end) filters->along(pixels, &values[size_t(row - down.begin) * width]);
+    // Take the next row; value `next` is the first that is still to be given.
+    void take(const uint8_t* pixels, int row, int next) {
+        if (row < end || row >= filters->down.end) return;
+        const size_t full = values.size();
+        if (size_t(end - begin) * width == full) {
+            const int needed = filters->down.first[next];
+            std::copy(values.begin() + ptrdiff_t(needed - begin) * width, values.end(), values.begin());
+            if (needed == begin) values.resize(2 * full);
+            begin = needed;
+        }
+        filters->along(pixels, &values[size_t(end - begin) * width]);
+        end++;
     }
+
+    bool ready(int i) const { return filters->down.first[i] + filters->down.count[i] <= end; }
 
     void give(int i, int16_t* out, bool vectors) const {
         const Filter& down = filters->down;
-        resample::column(&values[size_t(down.first[i] - down.begin) * width], &down.weights[size_t(i) * down.taps],
+        resample::column(&values[size_t(down.first[i] - begin) * width], &down.weights[size_t(i) * down.taps],
                          down.count[i], width, out, vectors);
     }
 };
@@ -138,9 +152,16 @@ class Jpeg {
         if (setjmp(errors_.back)) return false;
         jpeg_create_decompress(&jpeg_);
         jpeg_mem_src(&jpeg_, data_, static_cast<unsigned long>(size_));
+        jpeg_save_markers(&jpeg_, JPEG_APP0 + 1, sizeof EXIF);
         jpeg_read_header(&jpeg_, TRUE);
         const bool grey = jpeg_.jpeg_color_space == JCS_GRAYSCALE && jpeg_.num_components == 1;
         return grey || (jpeg_.jpeg_color_space == JCS_YCbCr && jpeg_.num_components == 3);
+    }
+
+    bool has_exif() const {
+        for (auto marker = jpeg_.marker_list; marker != nullptr; marker = marker->next)
+            if (marker->data_length == sizeof EXIF && std::memcmp(marker->data, EXIF, sizeof EXIF) == 0) return true;
+        return false;
     }
 
     int width() const { return int(jpeg_.image_width); }
@@ -193,47 +214,56 @@ class Jpeg {
     Errors errors_{};
 };
 
-void draw(const std::vector<Way>& ways, const Square& square, bool vectors) {
-    const int width = resample::padded(square.size);
+// A square that is being filled, from the top.
+struct Drawing {
+    Square square;
+    bool vectors;
+    std::vector<Way> ways;  // of light and colours
     std::vector<int16_t> rows[3];
-    for (auto& row : rows) row.assign(width, resample::MIDDLE);
-    for (int i = 0; i < square.size; i++) {
-        for (size_t plane = 0; plane < ways.size(); plane++) ways[plane].give(i, rows[plane].data(), vectors);
-        resample::colours(rows[0].data(), rows[1].data(), rows[2].data(), square.size,
-                          square.pixels + size_t(3) * square.size * i, vectors);
-    }
-}
+    int next = 0;
 
-bool decode(const uint8_t* data, size_t size, int factor, const Box& box, const std::vector<Square>& squares,
-            bool vectors) {
-    Jpeg jpeg(data, size);
-    if (!jpeg.open()) return false;
-    const double right = box.left + box.width, bottom = box.top + box.height;
-    if (!(box.left >= 0 && box.top >= 0 && box.width > 0 && right <= jpeg.width() && bottom <= jpeg.height()))
-        throw std::invalid_argument("the square must lie within the picture");
+    Drawing(const Square& own, bool vectors) : square(own), vectors(vectors) {
+        for (auto& row : rows) row.assign(resample::padded(square.size), resample::MIDDLE);
+    }
+
+    void take(std::vector<Plane>& planes, int number) {
+        for (size_t p = 0; p < planes.size(); p++)
+            for (int row = 0; row < planes[p].rows; row++)
+                ways[p].take(planes[p].pointers[row], number * planes[p].rows + row, next);
+        for (; next < square.size; next++) {
+            for (size_t p = 0; p < planes.size(); p++)
+                if (!ways[p].ready(next)) return;
+            for (size_t p = 0; p < planes.size(); p++) ways[p].give(next, rows[p].data(), vectors);
+            resample::colours(rows[0].data(), rows[1].data(), rows[2].data(), square.size,
+                              square.pixels + size_t(3) * square.size * next, vectors);
+        }
+    }
+};
+
+// `jpeg` is open. False when it is damaged.
+bool decode(Jpeg& jpeg, int factor, const Box& box, const std::vector<Square>& squares, bool vectors) {
     if (!jpeg.start(factor)) return false;
     std::vector<Plane> planes = jpeg.planes();
     std::vector<JSAMPARRAY> bands;
     for (auto& plane : planes) bands.push_back(plane.pointers.data());
-    std::vector<std::vector<Way>> ways(squares.size());
-    for (size_t s = 0; s < squares.size(); s++)
+    std::vector<Drawing> drawings;
+    for (const Square& square : squares) {
+        auto& ways = drawings.emplace_back(square, vectors).ways;
         for (int p = 0; p < int(planes.size()); p++) {
             const double x = jpeg.across(p), y = jpeg.down(p);
             const Box own{box.left * x, box.top * y, box.width * x, box.height * y, box.mirrored};
             const bool coarse[2] = {x < jpeg.across(0), y < jpeg.down(0)};
             const bool alike = p == 2 && jpeg.across(1) == x && jpeg.down(1) == y;
-            ways[s].emplace_back(alike ? ways[s][1].filters
-                                       : std::make_shared<const Filters>(planes[p], own, squares[s].size, coarse, vectors));
+            ways.emplace_back(alike ? ways[1].filters
+                                    : std::make_shared<const Filters>(planes[p], own, square.size, coarse, vectors),
+                              planes[p].rows);
         }
+    }
     for (int number = 0; jpeg.more(); number++) {
         if (!jpeg.band(bands.data())) return false;
-        for (size_t p = 0; p < planes.size(); p++)
-            for (int row = 0; row < planes[p].rows; row++)
-                for (auto& own : ways) own[p].take(planes[p].pointers[row], number * planes[p].rows + row);
+        for (auto& drawing : drawings) drawing.take(planes, number);
     }
-    if (!jpeg.finish()) return false;
-    for (size_t s = 0; s < squares.size(); s++) draw(ways[s], squares[s], vectors);
-    return true;
+    return jpeg.finish();
 }
 
 struct Buffer {
@@ -241,72 +271,116 @@ struct Buffer {
     ~Buffer() { PyBuffer_Release(&view); }
 };
 
-PyObject* size_of(PyObject*, PyObject* arguments) {
+// True when the squares are filled; or Python's error.
+PyObject* filled(Jpeg& jpeg, int factor, const Box& box, const std::vector<Square>& squares, bool vectors) {
+    bool done = false, room = true;
+    Py_BEGIN_ALLOW_THREADS;
+    try {
+        done = decode(jpeg, factor, box, squares, vectors && resample::has_vectors());
+    } catch (const std::bad_alloc&) {
+        room = false;
+    }
+    Py_END_ALLOW_THREADS;
+    return room ? PyBool_FromLong(done) : PyErr_NoMemory();
+}
+
+// The arguments that all functions begin with: the file, and the squares to fill.
+struct Given {
     Buffer blob;
-    if (!PyArg_ParseTuple(arguments, "y*", &blob.view)) return nullptr;
-    Jpeg jpeg(static_cast<const uint8_t*>(blob.view.buf), size_t(blob.view.len));
+    std::vector<Buffer> buffers;
+    std::vector<Square> squares;
+
+    // False, with Python's error set, when they are not such.
+    bool take(PyObject* out) {
+        const Py_ssize_t count = PySequence_Size(out);
+        if (count < 0) return false;
+        buffers = std::vector<Buffer>(size_t(count));
+        for (Py_ssize_t i = 0; i < count; i++) {
+            PyObject* one = PySequence_GetItem(out, i);
+            if (one == nullptr) return false;
+            Py_buffer& view = buffers[size_t(i)].view;
+            const int failed = PyObject_GetBuffer(one, &view, PyBUF_WRITABLE | PyBUF_ND);
+            Py_DECREF(one);
+            if (failed) return false;
+            if (view.ndim != 3 || view.itemsize != 1 || view.shape[0] < 1 || view.shape[0] > 1 << 16 ||
+                view.shape[1] != view.shape[0] || view.shape[2] != 3) {
+                PyErr_SetString(PyExc_ValueError, "each square must be uint8 [size, size, 3]");
+                return false;
+            }
+            squares.push_back({static_cast<uint8_t*>(view.buf), int(view.shape[0])});
+        }
+        return true;
+    }
+
+    Jpeg jpeg() const { return Jpeg(static_cast<const uint8_t*>(blob.view.buf), size_t(blob.view.len)); }
+};
+
+PyObject* size_of(PyObject*, PyObject* arguments) {
+    Given given;
+    if (!PyArg_ParseTuple(arguments, "y*", &given.blob.view)) return nullptr;
+    Jpeg jpeg = given.jpeg();
     if (!jpeg.open()) Py_RETURN_NONE;
     return Py_BuildValue("ii", jpeg.width(), jpeg.height());
 }
 
-PyObject* squares_of(PyObject*, PyObject* arguments) {
-    Buffer blob;
+PyObject* part_of(PyObject*, PyObject* arguments) {
+    Given given;
     PyObject* out;
     int factor, mirrored, vectors = 1;
     Box box;
-    if (!PyArg_ParseTuple(arguments, "y*Oi(ddd)p|p", &blob.view, &out, &factor, &box.left, &box.top, &box.width,
-                          &mirrored, &vectors))
+    if (!PyArg_ParseTuple(arguments, "y*Oi(ddd)p|p", &given.blob.view, &out, &factor, &box.left, &box.top, &box.width,
+                          &mirrored, &vectors) ||
+        !given.take(out))
         return nullptr;
     box.height = box.width;
     box.mirrored = mirrored;
-    std::vector<Buffer> buffers(size_t(std::max<Py_ssize_t>(0, PySequence_Size(out))));
-    if (PyErr_Occurred()) return nullptr;
-    std::vector<Square> squares;
-    for (size_t i = 0; i < buffers.size(); i++) {
-        PyObject* one = PySequence_GetItem(out, Py_ssize_t(i));
-        if (one == nullptr) return nullptr;
-        const int failed = PyObject_GetBuffer(one, &buffers[i].view, PyBUF_WRITABLE | PyBUF_ND);
-        Py_DECREF(one);
-        if (failed) return nullptr;
-        const Py_buffer& view = buffers[i].view;
-        if (view.ndim != 3 || view.itemsize != 1 || view.shape[0] < 1 || view.shape[0] > 1 << 16 ||
-            view.shape[1] != view.shape[0] || view.shape[2] != 3) {
-            PyErr_SetString(PyExc_ValueError, "each square must be uint8 [size, size, 3]");
-            return nullptr;
-        }
-        squares.push_back({static_cast<uint8_t*>(view.buf), int(view.shape[0])});
-    }
     if (factor != 1 && factor != 2 && factor != 4 && factor != 8) {
         PyErr_SetString(PyExc_ValueError, "factor must be 1, 2, 4 or 8");
         return nullptr;
     }
-    bool done = false, room = true;
-    std::string wrong;
-    Py_BEGIN_ALLOW_THREADS;
-    try {
-        done = decode(static_cast<const uint8_t*>(blob.view.buf), size_t(blob.view.len), factor, box, squares,
-                      vectors && resample::has_vectors());
-    } catch (const std::bad_alloc&) {
-        room = false;
-    } catch (const std::invalid_argument& error) {
-        wrong = error.what();
-    }
-    Py_END_ALLOW_THREADS;
-    if (!room) return PyErr_NoMemory();
-    if (!wrong.empty()) {
-        PyErr_SetString(PyExc_ValueError, wrong.c_str());
+    Jpeg jpeg = given.jpeg();
+    if (!jpeg.open()) Py_RETURN_FALSE;
+    if (!(box.left >= 0 && box.top >= 0 && box.width > 0 && box.left + box.width <= jpeg.width() &&
+          box.top + box.height <= jpeg.height())) {
+        PyErr_SetString(PyExc_ValueError, "the square must lie within the picture");
         return nullptr;
     }
-    return PyBool_FromLong(done);
+    return filled(jpeg, factor, box, given.squares, vectors);
+}
+
+PyObject* view_of(PyObject*, PyObject* arguments) {
+    Given given;
+    PyObject* out;
+    int target, mirrored;
+    Py_ssize_t most;
+    double share, left, top;
+    if (!PyArg_ParseTuple(arguments, "y*Oin(ddd)p", &given.blob.view, &out, &target, &most, &share, &left, &top,
+                          &mirrored) ||
+        !given.take(out))
+        return nullptr;
+    Jpeg jpeg = given.jpeg();
+    if (!jpeg.open() || Py_ssize_t(jpeg.width()) * jpeg.height() > most) Py_RETURN_FALSE;
+    if (jpeg.has_exif()) Py_RETURN_NONE;
+    // decode.reduction and views.View.box, which are what the tests hold this to.
+    const int shorter = std::min(jpeg.width(), jpeg.height()), times = shorter / (2 * std::max(1, target));
+    const int factor = times >= 8 ? 8 : times >= 4 ? 4 : times >= 2 ? 2 : 1;
+    const double side = std::max(1.0, share * shorter);
+    const Box box{std::trunc((jpeg.width() - side) * left), std::trunc((jpeg.height() - side) * top),
+                  std::trunc(side), std::trunc(side), bool(mirrored)};
+    return filled(jpeg, factor, box, given.squares, true);
 }
 
 PyMethodDef methods[] = {
     {"size", size_of, METH_VARARGS,
      "size(blob) -> (width, height)\n\nOf a JPEG that is grey or YCbCr; None of anything else."},
-    {"squares", squares_of, METH_VARARGS,
-     "squares(blob, out, factor, (left, top, side), mirrored, vectors=True) -> bool\n\n"
+    {"part", part_of, METH_VARARGS,
+     "part(blob, out, factor, (left, top, side), mirrored, vectors=True) -> bool\n\n"
      "Decode a JPEG at 1/factor of its size and fill each uint8 [size, size, 3] of out with a square of it, in pixels\n"
      "of the picture as it is stored. False, and out may hold anything, when it is nothing for this decoder or damaged."},
+    {"view", view_of, METH_VARARGS,
+     "view(blob, out, target, max_pixels, (side, left, top), mirrored) -> bool | None\n\n"
+     "The same by the rule of decode.py: what a View of those shares takes, of a picture reduced for squares of target\n"
+     "pixels. False also when it has more than max_pixels; None when it has EXIF data, which may ask for turns."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_jpeg", "JPEGs to squares of pixels; see jpeg.cpp.", -1, methods,

@@ -124,9 +124,9 @@ class Rows {
     void operator()(const uint8_t* pixels, int16_t* values) const {
 #if MMI_AVX2
         if (!base_.empty()) {
-            if (filter_.taps == 2) return avx2<1>(pixels, values);
-            if (filter_.taps == 4) return avx2<2>(pixels, values);
-            return avx2<0>(pixels, values);
+            if (shared_ && filter_.taps == 2) return avx2<1, true>(pixels, values);
+            if (shared_ && filter_.taps == 4) return avx2<2, true>(pixels, values);
+            return shared_ ? avx2<0, true>(pixels, values) : avx2<0, false>(pixels, values);
         }
 #endif
         for (int i = 0; i < filter_.size; i++) {
@@ -141,51 +141,60 @@ class Rows {
    private:
     const Filter& filter_;
 #if MMI_AVX2
-    // Four outputs are a group: the window they share, where in it the two pixels of a pair lie (for the next
-    // pair the window begins two pixels later), and their weights.
+    // Four outputs are a group: the window they share, where in it the two pixels of a pair lie, and their weights.
+    // The next pair lies in the same window, or where that is too short in one that begins two pixels later.
+    bool shared_ = true;
     std::vector<int> base_;
-    std::vector<uint8_t> shuffle_;   // [group][16]
+    std::vector<uint8_t> shuffle_;   // [pair][group][16], of the first pair alone where windows are not shared
     std::vector<int16_t> weights_;   // [pair][group][8]
 
     void arrange() {
         const int groups = padded(filter_.size) / 4, pairs = filter_.taps / 2;
         std::vector<int> base(groups);
-        shuffle_.assign(size_t(groups) * 16, 0x80);  // 0x80 puts a zero
-        weights_.assign(size_t(pairs) * groups * 8, 0);
         for (int g = 0; 4 * g < filter_.size; g++) {
-            const int most = std::min(4, filter_.size - 4 * g);
-            base[g] = *std::min_element(&filter_.first[4 * g], &filter_.first[4 * g] + most);
-            for (int o = 0; o < most; o++) {
-                const int i = 4 * g + o, at = filter_.first[i] - base[g];
-                if (at + 2 > WINDOW) return;  // too wide: the portable code does it
-                shuffle_[16 * g + 4 * o] = uint8_t(at);
-                shuffle_[16 * g + 4 * o + 2] = uint8_t(at + 1);
-                for (int t = 0; t < filter_.taps; t++)
-                    weights_[(size_t(t / 2) * groups + g) * 8 + 2 * o + t % 2] =
-                        filter_.weights[size_t(i) * filter_.taps + t];
-            }
+            const auto own = filter_.first.begin() + 4 * g;
+            const auto [low, high] = std::minmax_element(own, own + std::min(4, filter_.size - 4 * g));
+            if (*high - *low + 2 > WINDOW) return;  // too wide: the portable code does it
+            shared_ &= *high - *low + filter_.taps <= WINDOW;
+            base[g] = *low;
         }
+        shuffle_.assign(size_t(pairs) * groups * 16, 0x80);  // 0x80 puts a zero
+        weights_.assign(size_t(pairs) * groups * 8, 0);
+        for (int i = 0; i < filter_.size; i++)
+            for (int p = 0; p < pairs; p++) {
+                const size_t place = size_t(p) * groups + i / 4, at = size_t(i) % 4;
+                const int from = filter_.first[i] - base[i / 4] + (shared_ ? 2 * p : 0);
+                shuffle_[16 * place + 4 * at] = uint8_t(from);
+                shuffle_[16 * place + 4 * at + 2] = uint8_t(from + 1);
+                std::memcpy(&weights_[8 * place + 2 * at], &filter_.weights[size_t(i) * filter_.taps + 2 * p], 4);
+            }
         base_ = std::move(base);
     }
 
-    template <int PAIRS>
+    AVX2 static __m256i window(const uint8_t* low, const uint8_t* high) {
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)low)),
+                                       _mm_loadu_si128((const __m128i*)high), 1);
+    }
+
+    template <int PAIRS, bool SHARED>
     AVX2 void avx2(const uint8_t* pixels, int16_t* values) const {
-        const int groups = int(base_.size()), pairs = PAIRS ? PAIRS : filter_.taps / 2;
-        for (int g = 0; g < groups; g += 4) {
+        const size_t groups = base_.size(), pairs = PAIRS ? PAIRS : size_t(filter_.taps) / 2;
+        const int* base = base_.data();
+        const uint8_t* shuffles = shuffle_.data();
+        const int16_t* weight = weights_.data();
+        for (size_t g = 0; g < groups; g += 4) {
             __m256i sum[2];
-            for (int half = 0; half < 2; half++) {
-                const int at = g + 2 * half;
-                const __m256i shuffle = _mm256_loadu_si256((const __m256i*)&shuffle_[16 * at]);
-                __m256i total = _mm256_set1_epi32(1 << 7);
-                for (int p = 0; p < pairs; p++) {
-                    const uint8_t *low = pixels + base_[at] + 2 * p, *high = pixels + base_[at + 1] + 2 * p;
-                    const __m256i window =
-                        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)low)),
-                                                _mm_loadu_si128((const __m128i*)high), 1);
-                    const __m256i weights =
-                        _mm256_loadu_si256((const __m256i*)&weights_[(size_t(p) * groups + at) * 8]);
-                    total = _mm256_add_epi32(
-                        total, _mm256_madd_epi16(_mm256_shuffle_epi8(window, shuffle), weights));
+            for (size_t half = 0; half < 2; half++) {
+                const size_t at = g + 2 * half;
+                const uint8_t *low = pixels + base[at], *high = pixels + base[at + 1];
+                __m256i total = _mm256_set1_epi32(1 << 7), own = window(low, high);
+                for (size_t p = 0; p < pairs; p++) {
+                    if (!SHARED && p > 0) own = window(low + 2 * p, high + 2 * p);
+                    const size_t place = p * groups + at;
+                    const __m256i shuffle =
+                        _mm256_loadu_si256((const __m256i*)(shuffles + 16 * (SHARED ? place : at)));
+                    const __m256i weights = _mm256_loadu_si256((const __m256i*)(weight + 8 * place));
+                    total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_shuffle_epi8(own, shuffle), weights));
                 }
                 sum[half] = _mm256_srai_epi32(total, 8);
             }

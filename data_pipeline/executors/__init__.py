@@ -58,8 +58,8 @@ class Executor(Protocol):
 
     runs_ahead: bool
 
-    def submit(self, task: Task) -> Future[Produced]:
-        """Have a task made. The future holds what became of it, or raises what went wrong."""
+    def submit(self, *tasks: Task) -> list[Future[Produced]]:
+        """Have tasks made. Each future holds what became of one, or raises what went wrong."""
         ...
 
     def close(self) -> None:
@@ -102,8 +102,11 @@ class Inline:
     def __init__(self, setup: Setup):
         self.producer = setup.producer(empty=Blocks().empty)
 
-    def submit(self, task: Task) -> Future[Produced]:
-        """Make the task now."""
+    def submit(self, *tasks: Task) -> list[Future[Produced]]:
+        """Make the tasks now."""
+        return [self._made(task) for task in tasks]
+
+    def _made(self, task: Task) -> Future[Produced]:
         future: Future[Produced] = Future()
         try:
             future.set_result(self.producer.produce(task))
@@ -124,9 +127,9 @@ class Threads:
         self.producer = setup.producer(empty=Blocks().empty)
         self.pool = ThreadPoolExecutor(setup.settings.workers, thread_name_prefix="mmi-data")
 
-    def submit(self, task: Task) -> Future[Produced]:
-        """Have a thread make the task."""
-        return self.pool.submit(self.producer.produce, task)
+    def submit(self, *tasks: Task) -> list[Future[Produced]]:
+        """Have threads make the tasks."""
+        return [self.pool.submit(self.producer.produce, task) for task in tasks]
 
     def close(self) -> None:
         """End the threads after the tasks they are at."""

@@ -98,18 +98,20 @@ class Processes:
         self.thread = threading.Thread(target=self._run, name="mmi-data-dispatch", daemon=True)
         self.thread.start()
 
-    def submit(self, task: Task) -> Future[Produced]:
-        """Have a process make the task."""
-        job = Job(task)
+    def submit(self, *tasks: Task) -> list[Future[Produced]]:
+        """Have processes make the tasks."""
+        jobs = [Job(task) for task in tasks]
         with self.lock:
-            if self.failure is not None:
-                job.future.set_exception(self.failure)
-            elif self.closed:
-                job.future.set_exception(DataError("the data workers have been closed"))
-            else:
-                self.waiting.append(job)
+            failure = self.failure
+            if failure is None and self.closed:
+                failure = DataError("the data workers have been closed")
+            if failure is None:
+                self.waiting.extend(jobs)
+        if failure is not None:
+            for job in jobs:
+                settle(job, failure)
         self._ring()
-        return job.future
+        return [job.future for job in jobs]
 
     def close(self) -> None:
         """End all workers."""

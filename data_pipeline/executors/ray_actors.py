@@ -2,6 +2,9 @@
 
 The actors hold nothing, so one that is lost, with its node or alone, or that is slow, is replaced and its
 tasks are asked again of another.
+
+A call and its result cost Ray some milliseconds in five processes, as much as ten pictures. So where actors
+are busy, all tasks that wait are made in one call and lie in the object store as one object.
 """
 
 from __future__ import annotations
@@ -29,7 +32,10 @@ RESOURCE = "mmi_data"
 """Ray resource of the nodes that ``mmi data serve`` started; where there are some, only these decode."""
 
 DEPTH = 2
-"""Tasks an actor has been given at a time: one to work on, one so that it need not wait."""
+"""Calls an actor has been given at a time: one to work on, one so that it need not wait."""
+
+BUNDLE = 64 << 20
+"""Bytes of pixels, at most, that tasks of one call have; one task may have more."""
 
 START = 300.0
 """Seconds after which it is an error that no actor has come up: the cluster may have no room."""
@@ -49,33 +55,59 @@ class Maker:
         collect_rarely()
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def make(self, task: bytes) -> tuple[bytes, tuple[bytes, np.ndarray, np.ndarray]]:
-        """The result of a pickled task without its batch, pickled too; and the batch for the object store:
-        without its pixels, pickled, and the pixels. Ray's own pickling asks Python about every object, which
-        takes more than twice as long."""
-        produced = self.producer.produce(pickle.loads(task))
-        batch, rest = produced.batch, produced.without_pixels().batch
-        result = pickle.dumps(replace(produced, batch=NOTHING), 5)
-        return result, (pickle.dumps(rest, 5), batch.images, batch.drawn)
+    def make(self, tasks: bytes) -> tuple[bytes, list[tuple[bytes, np.ndarray, np.ndarray] | None]]:
+        """What becomes of pickled tasks, pickled too: the result without its batch, or the error; and the
+        batches for the object store: without its pixels, pickled, and the pixels. Ray's own pickling asks
+        Python about every object, which takes more than twice as long."""
+        outcomes: list[Produced | Exception] = []
+        stored: list[tuple[bytes, np.ndarray, np.ndarray] | None] = []
+        for task in pickle.loads(tasks):
+            try:
+                produced = self.producer.produce(task)
+            except Exception as error:
+                outcomes.append(error)
+                stored.append(None)
+                continue
+            outcomes.append(replace(produced, batch=NOTHING))
+            rest = pickle.dumps(produced.without_pixels().batch, 5)
+            stored.append((rest, produced.batch.images, produced.batch.drawn))
+        return pickle.dumps(outcomes, 5), stored
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a batch is: the object, and its number in it."""
+
+    reference: Any
+    number: int
+
+
+@dataclass(eq=False)
+class Call:
+    """Jobs that are made together, and the references to what becomes of them and to their batches."""
+
+    jobs: list[Job]
+    outcomes: Any
+    batches: Any
 
 
 @dataclass(eq=False)
 class Actor:
     """An actor: its handle; the reference to its start, while it starts; then its node and its process;
-    its jobs with their two references, in order; since when it is at the first, or is starting; and whether
-    it has been said that this takes long."""
+    its calls in order; since when it is at the first, or is starting; and whether it has been said that this
+    takes long."""
 
     handle: Any
     starting: Any
     where: tuple[str, int] | None = None
-    jobs: deque[tuple[Job, Any, Any]] = field(default_factory=deque)
+    calls: deque[Call] = field(default_factory=deque)
     since: float = 0.0
     told: bool = False
 
 
 class RayActors:
     """``Executor`` of ``data.workers`` actors. Its results leave the batch in the object store:
-    ``Produced.elsewhere`` is the reference that ``fetch`` takes.
+    ``Produced.elsewhere`` says where, a ``Stored`` that ``fetch`` takes.
 
     Attributes:
         lost: actors replaced so far.
@@ -98,17 +130,18 @@ class RayActors:
         self.thread = threading.Thread(target=self._run, name="mmi-data-collect", daemon=True)
         self.thread.start()
 
-    def submit(self, task: Task) -> Future[Produced]:
-        """Have an actor make the task."""
-        job = Job(task)
+    def submit(self, *tasks: Task) -> list[Future[Produced]]:
+        """Have actors make the tasks."""
+        jobs = [Job(task) for task in tasks]
         with self.lock:
             if self.failure is not None:
-                settle(job, self.failure)
+                for job in jobs:
+                    settle(job, self.failure)
             else:
-                self.waiting.append(job)
+                self.waiting.extend(jobs)
                 self._dispatch()
             self.lock.notify()
-        return job.future
+        return [job.future for job in jobs]
 
     def close(self) -> None:
         """End the actors."""
@@ -124,17 +157,32 @@ class RayActors:
     def _dispatch(self) -> None:
         """Give waiting jobs to the actors that have least to do."""
         while self.waiting:
-            free = [a for a in self.actors if a.starting is None and len(a.jobs) < DEPTH]
+            free = [a for a in self.actors if a.starting is None and len(a.calls) < DEPTH]
             if not free:
                 return
-            job = self.waiting.popleft()
-            if job.future.cancelled():
-                continue
-            actor = min(free, key=lambda a: len(a.jobs))
-            if not actor.jobs:
+            jobs = self._bundle(sum(not a.calls for a in free))
+            if not jobs:
+                return
+            actor = min(free, key=lambda a: len(a.calls))
+            if not actor.calls:
                 actor.since = time.monotonic()
-            info, batch = actor.handle.make.options(num_returns=2).remote(pickle.dumps(job.task, 5))
-            actor.jobs.append((job, info, batch))
+            tasks = pickle.dumps([job.task for job in jobs], 5)
+            actor.calls.append(Call(jobs, *actor.handle.make.options(num_returns=2).remote(tasks)))
+
+    def _bundle(self, idle: int) -> list[Job]:
+        """The next jobs that are still wanted, for one call: each idle actor shall have some. A job on which
+        an actor was lost goes alone."""
+        jobs: list[Job] = []
+        most, nbytes = -(-len(self.waiting) // max(1, idle)), 0
+        while self.waiting and len(jobs) < most:
+            job = self.waiting[0]
+            nbytes += job.task.nbytes
+            if jobs and (nbytes > BUNDLE or job.lost or jobs[0].lost):
+                break
+            self.waiting.popleft()
+            if not job.future.cancelled():
+                jobs.append(job)
+        return jobs
 
     def _run(self) -> None:
         """The collecting thread."""
@@ -146,7 +194,7 @@ class RayActors:
 
     def _collect(self) -> None:
         with self.lock:
-            watched = {a.starting or a.jobs[0][1]: a for a in self.actors if a.starting or a.jobs}
+            watched = {a.starting or a.calls[0].outcomes: a for a in self.actors if a.starting or a.calls}
             if not watched:
                 self.lock.wait(PULSE)
                 return
@@ -165,9 +213,9 @@ class RayActors:
                 if actor.starting is not None and actor.since < begun and not actor.told:
                     actor.told = True
                     log.warning("a data actor has not come up within %g s: see `ray status`", START)
-            late = time.monotonic() - self.settings.task_timeout
-            for actor in [a for a in self.actors if a.jobs and a.since < late]:
-                self._replace(actor, f"took more than data.task_timeout={self.settings.task_timeout} seconds")
+            now, limit = time.monotonic(), self.settings.task_timeout
+            for actor in [a for a in self.actors if a.calls and now - a.since > limit * len(a.calls[0].jobs)]:
+                self._replace(actor, f"took more than data.task_timeout={limit} seconds a task")
             self._dispatch()
 
     def _done(self, actor: Actor, reference: Any) -> None:
@@ -175,7 +223,7 @@ class RayActors:
             return
         try:
             answer = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:  # what the task itself raised
+        except ray.exceptions.RayTaskError as error:
             answer = error.cause if isinstance(error.cause, Exception) else error
         except ray.exceptions.RayError as error:
             self._replace(actor, str(error).splitlines()[0])
@@ -185,15 +233,19 @@ class RayActors:
                 raise answer
             actor.starting, actor.where, self.stillborn = None, answer, 0
             return
-        job, _, batch = actor.jobs.popleft()
+        call = actor.calls.popleft()
         actor.since = time.monotonic()
-        if isinstance(answer, Exception):
-            settle(job, answer)
+        if isinstance(answer, Exception):  # not of a task, which is among the outcomes
+            for job in call.jobs:
+                settle(job, answer)
             return
         assert actor.where is not None
         if actor.where[0] != self.node:
-            ray.wait([batch], timeout=0, fetch_local=True)  # begins to bring it here
-        settle(job, replace(pickle.loads(answer), elsewhere=batch))
+            ray.wait([call.batches], timeout=0, fetch_local=True)  # begins to bring them here
+        for number, (job, outcome) in enumerate(zip(call.jobs, pickle.loads(answer), strict=True)):
+            if isinstance(outcome, Produced):
+                outcome = replace(outcome, elsewhere=Stored(call.batches, number))
+            settle(job, outcome)
 
     def _replace(self, actor: Actor, why: str) -> None:
         """Start an actor in place of a lost one, and ask its tasks again."""
@@ -203,12 +255,12 @@ class RayActors:
         self.stillborn += actor.starting is not None
         if self.stillborn == ATTEMPTS * len(self.actors):
             raise DataError(f"{self.stillborn} data actors in a row could not start: the last {why}")
-        jobs = [job for job, _, _ in actor.jobs]
-        if jobs:
-            jobs[0].lost += 1
-            if jobs[0].lost == ATTEMPTS:
-                first = jobs.pop(0)
-                settle(first, DataError(f"{ATTEMPTS} data actors were lost on {first.task}: the last {why}"))
+        jobs = [job for call in actor.calls for job in call.jobs]
+        for job in actor.calls[0].jobs if actor.calls else []:
+            job.lost += 1
+            if job.lost == ATTEMPTS:
+                jobs.remove(job)
+                settle(job, DataError(f"{ATTEMPTS} data actors were lost on {job.task}: the last {why}"))
         self.waiting.extendleft(reversed(jobs))
         self.actors[self.actors.index(actor)] = self._start()
 
@@ -216,21 +268,29 @@ class RayActors:
         """Tell everybody who waits, now and later."""
         with self.lock:
             self.failure = self.failure or error
-            jobs = [*self.waiting, *(job for actor in self.actors for job, _, _ in actor.jobs)]
+            calls = [call for actor in self.actors for call in actor.calls]
+            jobs = [*self.waiting, *(job for call in calls for job in call.jobs)]
             self.waiting.clear()
             self.lock.notify()
         for job in jobs:
             settle(job, error)
 
 
-def fetch(reference: Any, timeout: float | None = None) -> Batch:
+def fetch(stored: Stored, held: dict[Any, Any], timeout: float | None = None) -> Batch:
     """The batch that an actor left in the object store. Its pixels are read-only and not copied.
+
+    Args:
+        stored: where it is.
+        held: objects that were fetched already, by reference; this one is added.
+        timeout: seconds to wait for it.
 
     Raises:
         RayError: when it was lost, with its node.
     """
-    try:
-        rest, images, drawn = ray.get(reference, timeout=timeout)
-    except ray.exceptions.GetTimeoutError as error:
-        raise ray.exceptions.RayError(f"no batch after {timeout} seconds") from error
+    if stored.reference not in held:
+        try:
+            held[stored.reference] = ray.get(stored.reference, timeout=timeout)
+        except ray.exceptions.GetTimeoutError as error:
+            raise ray.exceptions.RayError(f"no batch after {timeout} seconds") from error
+    rest, images, drawn = held[stored.reference][stored.number]
     return replace(pickle.loads(rest), images=images, drawn=drawn)
