@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import io
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ from PIL import Image, ImageDraw
 from data_pipeline.decode import Decoder, has_native, resize
 from data_pipeline.views import CENTER
 
+Measure = Callable[[np.ndarray, float, int, str], list[float]]
+Given = tuple[list[np.ndarray], str]
+"""The pictures of a group, and how their colours are stored."""
 QUALITIES = (75, 87, 95)
 SHRINKS = (1.0, 1.25, 1.5, 1.607, 1.75, 1.9, 2.0, 2.05, 2.1, 2.143, 2.25, 2.5, 3.0)
 NEAR_TWO = (2.02, 2.05, 2.1, 2.143, 2.15, 2.2, 2.25, 2.5)
@@ -181,39 +184,38 @@ def row(shrink: float, quality: int, measured: list[list[float]], apart: tuple[i
     return f"| {' | '.join(cells)} |"
 
 
-def tables(group: str, images: list[np.ndarray], subsampling: str) -> str:
+def table(
+    text: str,
+    columns: str,
+    measure: Measure,
+    shrinks: tuple[float, ...],
+    apart: tuple[int, ...],
+    given: Given,
+) -> list[str]:
+    """A table in Markdown below a line of text: a row for each shrink and quality."""
+    images, subsampling = given
+    names = f"shrink | quality | {columns}"
+    lines = ["", text, "", f"| {names} |", "|---" * len(names.split(" | ")) + "|"]
+    for shrink in shrinks:
+        for quality in QUALITIES:
+            found = [measure(image, shrink, quality, subsampling) for image in images]
+            lines.append(row(shrink, quality, found, apart))
+    return lines
+
+
+def tables(group: str, images: list[np.ndarray], subsampling: str, native_alone: bool) -> str:
     """A group's tables in Markdown."""
-    lines = [
-        f"## {group}: {len(images)} pictures, {subsampling}",
-        "",
-        "Colours repeated, not interpolated:",
-        "",
-    ]
-    lines += ["| shrink | quality | apart: median | least | loss: median | most | same: median | most |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for shrink in SHRINKS:
-        for quality in QUALITIES:
-            found = [colours(image, shrink, quality, subsampling) for image in images]
-            lines.append(row(shrink, quality, found, (0,)))
-    lines += ["", "The average in two steps, and both savings as the decoder makes them:", ""]
-    lines += [
-        "| shrink | quality | apart | least | loss | most | both apart | least | loss | most |",
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|"]
-    for shrink in NEAR_TWO:
-        for quality in QUALITIES:
-            found = [averages(image, shrink, quality, subsampling) for image in images]
-            lines.append(row(shrink, quality, found, (0, 2)))
+    given = images, subsampling
+    lines = [f"## {group}: {len(images)} pictures, {subsampling}"]
+    if not native_alone:
+        columns = "apart: median | least | loss: median | most | same: median | most"
+        lines += table("Colours repeated, not interpolated:", columns, colours, SHRINKS, (0,), given)
+        text = "The average in two steps, and both savings as the decoder makes them:"
+        columns = "apart | least | loss | most | both apart | least | loss | most"
+        lines += table(text, columns, averages, NEAR_TWO, (0, 2), given)
     if has_native():
-        lines += ["", "`native` against `turbo`:", ""]
-        lines += [
-            "| shrink | quality | apart: median | least | loss: median | most |",
-            "|---|---|---|---|---|---|",
-        ]
-        for shrink in SHRINKS:
-            for quality in QUALITIES:
-                found = [decoders(image, shrink, quality, subsampling) for image in images]
-                lines.append(row(shrink, quality, found, (0,)))
+        columns = "apart: median | least | loss: median | most"
+        lines += table("`native` against `turbo`:", columns, decoders, SHRINKS, (0,), given)
     return "\n".join([*lines, ""])
 
 
@@ -222,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     parser.add_argument("--subsampling", choices=("4:2:0", "4:2:2"), default="4:2:0")
+    parser.add_argument("--native", action="store_true", help="the third table alone")
     parser.add_argument("--out", type=Path)
     asked: Any = parser.parse_args()
     groups = {folder.name: list(pictures(folder)) for folder in asked.folders} or synthetic()
@@ -237,7 +240,7 @@ def main() -> None:
     for group, images in groups.items():
         if not images:
             raise SystemExit(f"{group}: holds no JPEG or PNG of at least {LEAST} pixels a side")
-        text.append(tables(group, images, asked.subsampling))
+        text.append(tables(group, images, asked.subsampling, asked.native))
     print("\n".join(text))
     if asked.out:
         asked.out.write_text("\n".join(text))

@@ -247,8 +247,9 @@ class RemoteFeed:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken; see ``Stream.load_state``."""
-        self._asked = None
+        asked, self._asked = self._asked, None
         self._state = self._call("open", self.client, self.division, self.global_rows, state)
+        _forget(asked)
 
     def validation_batches(
         self, source: str | int, documents: int, rows_per_micro_batch: int, rank: int = 0, ranks: int = 1
@@ -272,9 +273,10 @@ class RemoteFeed:
 
     def close(self) -> None:
         """Let go; the feeder gives back its actors, and ends by itself when nobody asks."""
-        self._asked = None
+        asked, self._asked = self._asked, None
         with suppress(ray.exceptions.RayError):  # it is lost, and its actors with it
             ray.get(self.feeder.leave.remote(self.client), timeout=LEAVE)
+        _forget(asked)
 
     def _fetched(self, number: int, index: int, stored: Stored, held: dict[Any, Any]) -> Batch:
         """A micro-batch of a step; made again when it was lost with its node."""
@@ -329,6 +331,13 @@ class RemoteFeed:
             raise (error.cause if isinstance(error.cause, Exception) else error) from None
         except ray.exceptions.RayError as error:
             log.warning("the new feeder was lost as well (%s)", str(error).split("\n")[0])
+
+
+def _forget(asked: Any) -> None:
+    """Look at what became of a request that has been overtaken: Ray prints errors that nobody looks at."""
+    if asked is not None:
+        with suppress(ray.exceptions.RayError):
+            ray.get(asked, timeout=LEAVE)
 
 
 def _digest(settings: DataSettings) -> str:
