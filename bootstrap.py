@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 CONSTRAINTS = ROOT / "constraints.txt"
+JPEG_HEADER = Path("/usr/include/jpeglib.h")
+"""Where it usually is: once it is installed, the decoder of JPEGs can be compiled."""
 SOURCES = [CONSTRAINTS, ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__)]
 SOURCES += sorted((ROOT / "data_pipeline" / "csrc").iterdir())
 
@@ -42,6 +44,10 @@ def main(extras: list[str]) -> None:
     install_torch()
     print("Installing the other packages", flush=True)
     names = f"[{','.join(extras)}]" if extras else ""
+    for compiled in (ROOT / "data_pipeline").glob(
+        "_jpeg.*"
+    ):  # where it cannot be made again it must not stay
+        compiled.unlink()
     pip("--no-build-isolation", "--editable", f"{ROOT}{names}")
     for name in ("run", stamp.name.removeprefix(".stamp-")):
         (VENV / f".stamp-{name}").write_text(wanted)
@@ -49,7 +55,8 @@ def main(extras: list[str]) -> None:
 
 def fingerprint() -> str:
     """Of all that decides what is installed."""
-    digest = hashlib.sha256(f"{sys.version} {has_driver()} {environ.get('TORCH_INDEX')}".encode())
+    machine = sys.version, has_driver(), JPEG_HEADER.exists(), environ.get("TORCH_INDEX")
+    digest = hashlib.sha256(str(machine).encode())
     for path in SOURCES:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -35,9 +35,11 @@ from data_pipeline.views import CENTER, View
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 DECODERS = ("auto", "native", "turbo", "pillow")
-RULE = 2
+RULE = 3
 """Version of the rule; part of the fingerprint."""
 REDUCTIONS = (8, 4, 2)
+START_OF_SCAN = 0xDA
+"""Marker of a JPEG."""
 VECTOR = 64
 """Bytes; the longest vectors of any CPU."""
 OVERSIZE = 2
@@ -91,7 +93,8 @@ class Decoder:
 
     Attributes:
         name: the decoder that was chosen.
-        fingerprint: changes with anything that may change a pixel.
+        fingerprint: changes with what may change a pixel: the rule and the versions of the libraries, of
+            ``native`` that of the headers it was compiled with.
     """
 
     def __init__(self, name: str, max_pixels: int):
@@ -255,8 +258,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def has_native() -> bool:
-    """Whether ``native`` was compiled when the package was installed."""
-    return importlib.util.find_spec("data_pipeline._jpeg") is not None
+    """Whether ``native`` was compiled when the package was installed, and finds its libraries."""
+    try:
+        return bool(_native())
+    except ImportError:
+        return False
 
 
 def has_turbo() -> bool:
@@ -341,10 +347,9 @@ def _turned(pixels: np.ndarray, turns: str) -> np.ndarray:
 
 
 def _orientation(blob: bytes) -> int:
-    """The EXIF orientation of a JPEG, 1 where it says none. It stands in the
-    application segments, before all others."""
+    """The EXIF orientation of a JPEG, 1 where it says none. It stands before the pixels."""
     at = 2
-    while at + 4 <= len(blob) and blob[at] == 0xFF and 0xE0 <= blob[at + 1] <= 0xEF:
+    while at + 4 <= len(blob) and blob[at] == 0xFF and blob[at + 1] != START_OF_SCAN:
         (size,) = struct.unpack_from(">H", blob, at + 2)
         if blob[at + 1] == 0xE1 and blob[at + 4 : at + 10] == b"Exif\0\0":
             exif = Image.Exif()

@@ -276,7 +276,7 @@ class RemoteFeed:
         asked, self._asked = self._asked, None
         with suppress(ray.exceptions.RayError):  # it is lost, and its actors with it
             ray.get(self.feeder.leave.remote(self.client), timeout=LEAVE)
-        _forget(asked)
+            _forget(asked)
 
     def _fetched(self, number: int, index: int, stored: Stored, held: dict[Any, Any]) -> Batch:
         """A micro-batch of a step; made again when it was lost with its node."""

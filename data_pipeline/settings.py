@@ -96,7 +96,7 @@ class DataSettings:
             may be made, however large. The object store of a Ray cluster that a run starts for itself is
             twice as large, but at least 256 MiB and at most 30 % of the memory.
         task_timeout: seconds that a worker may take for a micro-batch; then it is asked again
-            elsewhere.
+            elsewhere. With Ray several may be made in one call, which has as many times this.
         ray_address: of the cluster: ``auto`` takes the one this machine is part of, ``local`` starts
             one for this run, or ``host:port``.
         accept_changes: what may have changed when a run resumes: manifest, tokenizer, decoder,

@@ -94,7 +94,15 @@ def test_both_sizes_come_from_one_decode_and_bad_images_are_named(name):
     for blob in (cut_jpeg(), huge_png(), b"\xff\xd8 no image", b"", scene(3000, 2000)):
         with pytest.raises(BadSample):
             squares(decoder, blob, 32)
-    assert decoder.fingerprint.startswith(f"{name}, rule 2, ")  # up with every change of a pixel
+    assert decoder.fingerprint.startswith(f"{name}, rule 3, ")  # up with every change of a pixel
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_turned_picture_stands_upright_behind_a_comment_too(name):
+    blob = scene(300, 200, 6)
+    commented = blob[:2] + b"\xff\xfe\x00\x06abcd" + blob[2:]
+    both = [squares(Decoder(name, PIXELS), one, 64)[0] for one in (blob, commented)]
+    assert np.array_equal(*both)
 
 
 def test_room_for_pixels_never_begins_at_a_multiple_of_a_vector():

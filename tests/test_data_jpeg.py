@@ -24,9 +24,67 @@ TO_RGB = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
 
 
 def drawn(blob: bytes, size: int, box, factor: int = 1, mirrored: bool = False, vectors: bool = True):
-    out = np.empty((size, size, 3), np.uint8)
-    assert jpeg.part(blob, [out], factor, box, mirrored, vectors)
+    """A square; every pixel of it is written."""
+    out, other = (np.full((size, size, 3), value, np.uint8) for value in (0, 255))
+    for square in (out, other):
+        assert jpeg.part(blob, [square], factor, box, mirrored, vectors)
+    assert np.array_equal(out, other)
     return out
+
+
+class Bits:
+    """Bits of a JPEG's scan, the first ones first."""
+
+    def __init__(self) -> None:
+        self.value, self.count = 1, 0
+
+    def add(self, value: int, count: int) -> None:
+        self.value, self.count = self.value << count | value, self.count + count
+
+    def done(self) -> bytes:
+        self.add((1 << -self.count % 8) - 1, -self.count % 8)
+        return self.value.to_bytes(self.count // 8 + 1, "big")[1:].replace(b"\xff", b"\xff\x00")
+
+
+def patchwork(width: int, height: int, factors: list[tuple[int, int]], seed: int = 0):
+    """A JPEG of any sampling factors (across, down), each block of a plane of one value, written by hand
+    (ITU-T T.81): nothing but the first coefficient, 8 times what the value is above 128.
+
+    Returns:
+        The file, and its planes at their own sizes: float64.
+    """
+    rng, parts = np.random.default_rng(seed), range(len(factors))
+    most = [max(factor[axis] for factor in factors) for axis in (0, 1)]
+    columns, rows = -(-width // (8 * most[0])), -(-height // (8 * most[1]))
+    values = [rng.integers(60, 200, (rows * down, columns * across)) for across, down in factors]
+    bits, before = Bits(), [0] * len(factors)
+    for row in range(rows):
+        for column in range(columns):
+            for part, (across, down) in enumerate(factors):
+                for y, x in np.ndindex(down, across):
+                    value = int(values[part][row * down + y, column * across + x]) - 128
+                    step, before[part] = value - before[part], value
+                    size = abs(step).bit_length()
+                    bits.add(size, 4)
+                    bits.add(step + ((1 << size) - 1 if step < 0 else 0), size)
+                    bits.add(0, 1)  # the end of the block
+
+    def segment(marker: int, *body: int) -> bytes:
+        return bytes([0xFF, marker, 0, len(body) + 2, *body])
+
+    named = [
+        byte for part, (across, down) in enumerate(factors) for byte in (part + 1, across << 4 | down, 0)
+    ]
+    blob = b"\xff\xd8" + segment(0xDB, 0, *[8] * 64)
+    blob += segment(0xC0, 8, *height.to_bytes(2), *width.to_bytes(2), len(factors), *named)
+    blob += segment(0xC4, 0, 0, 0, 0, 12, *[0] * 12, *range(12))  # codes of 4 bits for 0 to 11
+    blob += segment(0xC4, 0x10, 1, *[0] * 15, 0)  # a code of 1 bit for the end
+    blob += segment(0xDA, len(factors), *[byte for part in parts for byte in (part + 1, 0)], 0, 63, 0)
+    planes = []
+    for (across, down), own in zip(factors, values, strict=True):
+        large = own.repeat(8, 0).repeat(8, 1).astype(float)
+        planes.append(large[: -(-height * down // most[1]), : -(-width * across // most[0])])
+    return blob + bits.done() + b"\xff\xd9", planes
 
 
 def planes(blob: bytes, subsampling: str, factor: int) -> list[np.ndarray]:
@@ -67,18 +125,23 @@ def weights(start: float, side: float, size: int, length: int, kind: str) -> np.
     return made
 
 
-def by_hand(blob: bytes, subsampling: str, size: int, box, factor: int = 1) -> np.ndarray:
+def by_hand(planes: list[np.ndarray], shares: list[tuple[float, float]], size: int, box) -> np.ndarray:
     """The decoder's rule in floating point: averages over areas or, where enlarged, bicubic interpolation; of
-    coarse colours averages over the lines between their pixels; RGB last."""
-    left, top, side = (value / factor for value in box)
+    colours that are coarser than light averages over the lines between their pixels; RGB last.
+
+    Args:
+        planes: light and colours.
+        shares: how many pixels of each there are to one of the picture, across and down.
+        size, box: of the square, in the picture.
+    """
     values = []
-    for number, plane in enumerate(planes(blob, subsampling, factor)):
-        coarse = 2 if number and subsampling == "4:2:0" else 1
-        kind = "linear" if coarse == 2 else "area" if side >= size else "cubic"
-        down, across = (
-            weights(at / coarse, side / coarse, size, length, kind)
-            for at, length in zip((top, left), plane.shape, strict=True)
-        )
+    for plane, own in zip(planes, shares, strict=True):
+        filters = []
+        for axis in (1, 0):
+            share, side = own[axis], box[2] * own[axis]
+            kind = "linear" if share < shares[0][axis] else "area" if side >= size else "cubic"
+            filters.append(weights(box[axis] * share, side, size, plane.shape[1 - axis], kind))
+        down, across = filters
         values.append(down @ plane @ across.T)
     light, *colours = values
     u, v = colours or [np.full_like(light, 128)] * 2
@@ -107,11 +170,49 @@ def test_pixels_are_those_of_the_rule_in_floating_point(subsampling, size, box, 
         file = io.BytesIO()
         Image.open(io.BytesIO(blob)).convert("L").save(file, "JPEG", quality=92)
         blob = file.getvalue()
-    found, expected = drawn(blob, size, box, factor), by_hand(blob, subsampling, size, box, factor)
+    shares = [(1 / factor, 1 / factor)] + [
+        (0.5, 0.5) if subsampling == "4:2:0" else (1 / factor, 1 / factor)
+    ] * 2
+    stored = planes(blob, subsampling, factor)
+    found, expected = drawn(blob, size, box, factor), by_hand(stored, shares[: len(stored)], size, box)
     error = np.abs(found - expected)
     assert error.max() < 1.1  # half for rounding; the steps of each value before it
     assert error.mean() < 0.3
     assert np.array_equal(drawn(blob, size, box, factor, mirrored=True), found[:, ::-1])
+
+
+LIGHT = (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "factors"),
+    [
+        (100, 90, [(2, 2), LIGHT, LIGHT]),
+        (97, 83, [(1, 2), LIGHT, LIGHT]),  # 4:4:0
+        (99, 120, [(4, 1), LIGHT, LIGHT]),  # 4:1:1
+        (130, 97, [(2, 1), (1, 1), (2, 1)]),  # colours of two sizes
+        (97, 101, [(3, 2), (1, 2), (1, 1)]),
+        (80, 90, [(1, 1), (2, 2), (1, 1)]),  # light coarser than a colour
+        (224, 296, [(1, 1), (1, 3), (1, 3)]),  # the last row needs fewer pixels than the one before
+        (112, 298, [(1, 2), (1, 3), (1, 3)]),
+        (17, 9, [(2, 2), LIGHT, LIGHT]),
+        (90, 70, [(3, 2)]),  # grey: its factors say nothing
+    ],
+)
+def test_any_sampling_factors_are_those_of_the_rule_in_floating_point(width, height, factors):
+    blob, stored = patchwork(width, height, factors if len(factors) > 1 else [LIGHT])
+    if len(factors) == 1:
+        blob = blob.replace(bytes([1, 0x11, 0]), bytes([1, factors[0][0] << 4 | factors[0][1], 0]))
+        factors = [LIGHT]
+    most = [max(factor[axis] for factor in factors) for axis in (0, 1)]
+    shares = [(across / most[0], down / most[1]) for across, down in factors]
+    edge = min(width, height)
+    for size in {8, 31, edge, 2 * edge, min(224, edge)}:
+        for box in ((0, 0, edge), ((width - edge) // 2, (height - edge) // 2, edge), (1, 2, edge - 3)):
+            expected = by_hand(stored, shares, size, box)
+            for vectors in (True, False):
+                error = np.abs(drawn(blob, size, box, vectors=vectors) - expected)
+                assert error.max() < 1.2 and error.mean() < 0.35, (size, box)
 
 
 def random_jpeg(draw: random.Random) -> tuple[bytes, int, int]:
@@ -119,7 +220,7 @@ def random_jpeg(draw: random.Random) -> tuple[bytes, int, int]:
     pixels = np.frombuffer(draw.randbytes(width * height * 3), np.uint8).reshape(height, width, 3)
     coding = {
         "progressive": draw.random() < 0.3,
-        "subsampling": draw.choice(["4:4:4", "4:2:2", "4:2:0", "4:1:1"]),
+        "subsampling": draw.choice(["4:4:4", "4:2:2", "4:2:0"]),
     }
     file = io.BytesIO()
     image = Image.fromarray(pixels).convert(draw.choice(["RGB", "RGB", "L"]))
@@ -254,6 +355,14 @@ def test_arguments_that_make_no_sense_are_refused():
     ):
         with pytest.raises((ValueError, TypeError, BufferError)):
             jpeg.part(blob, out, 1, (0, 0, 64), False)
+    with pytest.raises(ValueError, match="too many"):
+        jpeg.part(blob, range(10**18), 1, (0, 0, 64), False)
+    for shares in ((1e9, 0.5, 0.5), (1, 1e300, 0.5), (1, math.nan, 0.5), (1, -1, 0.5)):
+        with pytest.raises(ValueError, match="within the picture"):
+            jpeg.view(scene(64, 50, 0), [good], 8, 1 << 20, shares, False)
+    for target in (0, 1 << 30):
+        with pytest.raises(ValueError, match="target"):
+            jpeg.view(blob, [good], target, 1 << 20, (1, 0.5, 0.5), False)
     for box in ((0, 0, 0), (0, 0, -3), (math.nan, 0, 64), (0, 0, math.inf), (-1, 0, 64), (1, 0, 64)):
         with pytest.raises(ValueError, match="within the picture"):
             jpeg.part(blob, [good], 1, box, False)

@@ -10,6 +10,7 @@
 #include <csetjmp>
 #include <cstdio>
 #include <memory>
+#include <string>
 
 #include <jpeglib.h>
 
@@ -37,6 +38,7 @@ int least_block(const jpeg_decompress_struct& jpeg) { return jpeg.min_DCT_scaled
 #endif
 
 constexpr int HELD = 32;  // rows of values kept beside those of a band: the more, the more rarely they are moved
+constexpr Py_ssize_t MOST = 16;  // squares of one picture
 constexpr char EXIF[6] = {'E', 'x', 'i', 'f', 0, 0};
 
 struct Square {
@@ -263,6 +265,8 @@ bool decode(Jpeg& jpeg, int factor, const Box& box, const std::vector<Square>& s
         if (!jpeg.band(bands.data())) return false;
         for (auto& drawing : drawings) drawing.take(planes, number);
     }
+    for (const auto& drawing : drawings)
+        if (drawing.next < drawing.square.size) return false;
     return jpeg.finish();
 }
 
@@ -273,15 +277,23 @@ struct Buffer {
 
 // True when the squares are filled; or Python's error.
 PyObject* filled(Jpeg& jpeg, int factor, const Box& box, const std::vector<Square>& squares, bool vectors) {
-    bool done = false, room = true;
+    if (!(box.left >= 0 && box.top >= 0 && box.width > 0 && box.left + box.width <= jpeg.width() &&
+          box.top + box.height <= jpeg.height())) {
+        PyErr_SetString(PyExc_ValueError, "the square must lie within the picture");
+        return nullptr;
+    }
+    bool done = false;
+    std::string wrong;
     Py_BEGIN_ALLOW_THREADS;
     try {
         done = decode(jpeg, factor, box, squares, vectors && resample::has_vectors());
-    } catch (const std::bad_alloc&) {
-        room = false;
+    } catch (const std::exception& error) {  // memory
+        wrong = error.what();
     }
     Py_END_ALLOW_THREADS;
-    return room ? PyBool_FromLong(done) : PyErr_NoMemory();
+    if (wrong.empty()) return PyBool_FromLong(done);
+    PyErr_SetString(PyExc_MemoryError, wrong.c_str());
+    return nullptr;
 }
 
 // The arguments that all functions begin with: the file, and the squares to fill.
@@ -294,6 +306,10 @@ struct Given {
     bool take(PyObject* out) {
         const Py_ssize_t count = PySequence_Size(out);
         if (count < 0) return false;
+        if (count > MOST) {
+            PyErr_SetString(PyExc_ValueError, "too many squares");
+            return false;
+        }
         buffers = std::vector<Buffer>(size_t(count));
         for (Py_ssize_t i = 0; i < count; i++) {
             PyObject* one = PySequence_GetItem(out, i);
@@ -340,11 +356,6 @@ PyObject* part_of(PyObject*, PyObject* arguments) {
     }
     Jpeg jpeg = given.jpeg();
     if (!jpeg.open()) Py_RETURN_FALSE;
-    if (!(box.left >= 0 && box.top >= 0 && box.width > 0 && box.left + box.width <= jpeg.width() &&
-          box.top + box.height <= jpeg.height())) {
-        PyErr_SetString(PyExc_ValueError, "the square must lie within the picture");
-        return nullptr;
-    }
     return filled(jpeg, factor, box, given.squares, vectors);
 }
 
@@ -358,11 +369,15 @@ PyObject* view_of(PyObject*, PyObject* arguments) {
                           &mirrored) ||
         !given.take(out))
         return nullptr;
+    if (target < 1 || target > 1 << 20) {
+        PyErr_SetString(PyExc_ValueError, "target must be from 1 to 2 ** 20");
+        return nullptr;
+    }
     Jpeg jpeg = given.jpeg();
     if (!jpeg.open() || Py_ssize_t(jpeg.width()) * jpeg.height() > most) Py_RETURN_FALSE;
     if (jpeg.has_exif()) Py_RETURN_NONE;
     // decode.reduction and views.View.box, which are what the tests hold this to.
-    const int shorter = std::min(jpeg.width(), jpeg.height()), times = shorter / (2 * std::max(1, target));
+    const int shorter = std::min(jpeg.width(), jpeg.height()), times = shorter / (2 * target);
     const int factor = times >= 8 ? 8 : times >= 4 ? 4 : times >= 2 ? 2 : 1;
     const double side = std::max(1.0, share * shorter);
     const Box box{std::trunc((jpeg.width() - side) * left), std::trunc((jpeg.height() - side) * top),

@@ -67,7 +67,8 @@ struct Filter {
             place(i, from, own, length);
         }
         begin = first.front();
-        end = first.back() + count.back();
+        end = 0;
+        for (int i = 0; i < size; i++) end = std::max(end, first[i] + count[i]);
     }
 
     void mirror() {
@@ -94,21 +95,22 @@ struct Filter {
         return x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
     }
 
-    // A pixel beyond either end is the one at the end.
+    // A pixel beyond either end is the one at the end. Sums are rounded, so that all weights make ONE: a plain picture
+    // stays what it is.
     void place(int i, int from, const std::vector<double>& own, int length) {
         first[i] = std::max(0, std::min(from, length - taps));
         int16_t* to = &weights[size_t(i) * taps];
-        int rest = ONE, most = 0, last = 0;
+        double sum = 0;
+        int before = 0, last = 0;
         for (size_t t = 0; t < own.size(); t++) {
             const int at = std::min(std::max(from + int(t), 0), length - 1) - first[i];
-            const int weight = whole(own[t] * ONE + 0.5);
-            to[at] = int16_t(to[at] + weight);
-            rest -= weight;
-            if (to[at] > to[most]) most = at;
-            if (weight) last = at;
+            sum += own[t];
+            const int upto = whole(sum * ONE + 0.5);
+            to[at] = int16_t(to[at] + upto - before);
+            if (upto != before) last = at;
+            before = upto;
         }
         count[i] = last + 1;
-        to[most] = int16_t(to[most] + rest);  // a plain picture stays what it is
     }
 };
 
@@ -145,8 +147,8 @@ class Rows {
     // The next pair lies in the same window, or where that is too short in one that begins two pixels later.
     bool shared_ = true;
     std::vector<int> base_;
-    std::vector<uint8_t> shuffle_;   // [pair][group][16], of the first pair alone where windows are not shared
-    std::vector<int16_t> weights_;   // [pair][group][8]
+    std::vector<uint8_t> shuffle_;  // [pair][group][16]
+    std::vector<int16_t> weights_;  // [pair][group][8]
 
     void arrange() {
         const int groups = padded(filter_.size) / 4, pairs = filter_.taps / 2;

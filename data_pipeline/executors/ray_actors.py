@@ -3,8 +3,9 @@
 The actors hold nothing, so one that is lost, with its node or alone, or that is slow, is replaced and its
 tasks are asked again of another.
 
-A call and its result cost Ray some milliseconds in five processes, as much as ten pictures. So where actors
-are busy, all tasks that wait are made in one call and lie in the object store as one object.
+A call and its result cost Ray some milliseconds in five processes, as much as ten pictures. So where more
+tasks are under way than calls that actors are given, several are made in one call. Their batches lie in the
+object store as one object, which stays as long as any of them is in use.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ RESOURCE = "mmi_data"
 DEPTH = 2
 """Calls an actor has been given at a time: one to work on, one so that it need not wait."""
 
-BUNDLE = 64 << 20
-"""Bytes of pixels, at most, that tasks of one call have; one task may have more."""
+MOST, BUNDLE = 8, 64 << 20
+"""Tasks of one call at most, and bytes of their pixels; one task may have more."""
 
 START = 300.0
 """Seconds after which it is an error that no actor has come up: the cluster may have no room."""
@@ -65,13 +66,22 @@ class Maker:
             try:
                 produced = self.producer.produce(task)
             except Exception as error:
-                outcomes.append(error)
+                outcomes.append(_plain(error))
                 stored.append(None)
                 continue
             outcomes.append(replace(produced, batch=NOTHING))
             rest = pickle.dumps(produced.without_pixels().batch, 5)
             stored.append((rest, produced.batch.images, produced.batch.drawn))
         return pickle.dumps(outcomes, 5), stored
+
+
+def _plain(error: Exception) -> Exception:
+    """The error, or one that says the same where it cannot be pickled and read again."""
+    try:
+        pickle.loads(pickle.dumps(error, 5))
+        return error
+    except Exception:
+        return DataError(f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,8 @@ class Call:
     """Jobs that are made together, and the references to what becomes of them and to their batches."""
 
     jobs: list[Job]
-    outcomes: Any
-    batches: Any
+    outcomes: Any = None
+    batches: Any = None
 
 
 @dataclass(eq=False)
@@ -160,20 +170,24 @@ class RayActors:
             free = [a for a in self.actors if a.starting is None and len(a.calls) < DEPTH]
             if not free:
                 return
-            jobs = self._bundle(sum(not a.calls for a in free))
-            if not jobs:
+            call = Call(self._bundle())
+            if not call.jobs:
                 return
             actor = min(free, key=lambda a: len(a.calls))
             if not actor.calls:
                 actor.since = time.monotonic()
-            tasks = pickle.dumps([job.task for job in jobs], 5)
-            actor.calls.append(Call(jobs, *actor.handle.make.options(num_returns=2).remote(tasks)))
+            actor.calls.append(call)
+            tasks = pickle.dumps([job.task for job in call.jobs], 5)
+            call.outcomes, call.batches = actor.handle.make.options(num_returns=2).remote(tasks)
 
-    def _bundle(self, idle: int) -> list[Job]:
-        """The next jobs that are still wanted, for one call: each idle actor shall have some. A job on which
-        an actor was lost goes alone."""
+    def _bundle(self) -> list[Job]:
+        """The next jobs that are still wanted, for one call: all that are under way shall make as many calls
+        as actors can be given. With fewer, actors would wait for each other, as steps are handed over in
+        order. A job on which an actor was lost goes alone."""
         jobs: list[Job] = []
-        most, nbytes = -(-len(self.waiting) // max(1, idle)), 0
+        given = sum(len(call.jobs) for actor in self.actors for call in actor.calls)
+        most = min(MOST, -(-(given + len(self.waiting)) // (DEPTH * len(self.actors))))
+        nbytes = 0
         while self.waiting and len(jobs) < most:
             job = self.waiting[0]
             nbytes += job.task.nbytes
@@ -201,6 +215,8 @@ class RayActors:
         # The lock is free while waiting: jobs can be given out.
         done, _ = ray.wait(list(watched), num_returns=1, timeout=PULSE)
         with self.lock:
+            if self.failure is not None:
+                return
             for reference in done:
                 self._done(watched[reference], reference)
             begun = time.monotonic() - START
@@ -233,16 +249,14 @@ class RayActors:
                 raise answer
             actor.starting, actor.where, self.stillborn = None, answer, 0
             return
+        failed = isinstance(answer, Exception)  # not in a task, whose error is among the outcomes
+        outcomes = [answer] * len(actor.calls[0].jobs) if failed else pickle.loads(answer)
         call = actor.calls.popleft()
         actor.since = time.monotonic()
-        if isinstance(answer, Exception):  # not of a task, which is among the outcomes
-            for job in call.jobs:
-                settle(job, answer)
-            return
         assert actor.where is not None
         if actor.where[0] != self.node:
             ray.wait([call.batches], timeout=0, fetch_local=True)  # begins to bring them here
-        for number, (job, outcome) in enumerate(zip(call.jobs, pickle.loads(answer), strict=True)):
+        for number, (job, outcome) in enumerate(zip(call.jobs, outcomes, strict=True)):
             if isinstance(outcome, Produced):
                 outcome = replace(outcome, elsewhere=Stored(call.batches, number))
             settle(job, outcome)
