@@ -44,10 +44,6 @@ def main(extras: list[str]) -> None:
     install_torch()
     print("Installing the other packages", flush=True)
     names = f"[{','.join(extras)}]" if extras else ""
-    for compiled in (ROOT / "data_pipeline").glob(
-        "_jpeg.*"
-    ):  # where it cannot be made again it must not stay
-        compiled.unlink()
     pip("--no-build-isolation", "--editable", f"{ROOT}{names}")
     for name in ("run", stamp.name.removeprefix(".stamp-")):
         (VENV / f".stamp-{name}").write_text(wanted)
