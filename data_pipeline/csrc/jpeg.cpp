@@ -76,9 +76,9 @@ struct Filters {
 
     // `coarse`: there are fewer pixels of this plane than of light, along rows and along columns.
     Filters(const Plane& plane, const Box& box, int size, const bool (&coarse)[2], bool vectors)
-        : across(box.left, box.width, size, plane.width, kind(box.width, size, coarse[0])),
+        : across(box.left, box.width, size, plane.width, kind(box.width, size, coarse[0]), box.mirrored),
           down(box.top, box.height, size, plane.height, kind(box.height, size, coarse[1])),
-          along((box.mirrored ? across.mirror() : void(), across), vectors) {}
+          along(across, vectors) {}
 
     Filters(const Filters&) = delete;
 

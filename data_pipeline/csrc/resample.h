@@ -39,14 +39,16 @@ inline int padded(int size) { return (size + LANES - 1) / LANES * LANES; }
 
 enum class Kind { area, linear, cubic };
 
-// The weights that make `size` values of a line of `length` pixels, from the place `start` over `side`. Value i is
-// made of `count[i]` pixels from `first[i]` on, of at most `taps`, an even number; the weights behind are 0.
+// The weights that make `size` values of a line of `length` pixels, from the place `start` over `side`; mirrored, the
+// last one first. Value i is made of `count[i]` pixels from `first[i]` on, of at most `taps`, an even number; the
+// weights behind are 0.
 struct Filter {
     int size, taps, begin, end;  // pixels from begin up to end are looked at
     std::vector<int> first, count;
     std::vector<int16_t> weights;  // [size][taps]
 
-    Filter(double start, double side, int size, int length, Kind kind) : size(size), first(size), count(size) {
+    Filter(double start, double side, int size, int length, Kind kind, bool mirrored = false)
+        : size(size), first(size), count(size) {
         const double scale = side / size, share = 1 / scale;
         const int reach = kind == Kind::cubic ? 4 : int(std::ceil(scale)) + (kind == Kind::area ? 1 : 2);
         std::vector<double> own(reach);
@@ -69,7 +71,13 @@ struct Filter {
         begin = first.front();
         end = 0;
         for (int i = 0; i < size; i++) end = std::max(end, first[i] + count[i]);
+        if (mirrored) mirror();
     }
+
+   private:
+    static constexpr int UP = 1 << 20;  // makes positive what is truncated: the library's floor is a call
+
+    static int whole(double x) { return int(x + UP) - UP; }
 
     void mirror() {
         std::reverse(first.begin(), first.end());
@@ -78,11 +86,6 @@ struct Filter {
             std::swap_ranges(&weights[size_t(i) * taps], &weights[size_t(i) * taps] + taps,
                              &weights[size_t(size - 1 - i) * taps]);
     }
-
-   private:
-    static constexpr int UP = 1 << 20;  // makes positive what is truncated: the library's floor is a call
-
-    static int whole(double x) { return int(x + UP) - UP; }
 
     // The area below max(0, 1 - |x|) up to x.
     static double below(double x) {
