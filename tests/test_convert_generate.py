@@ -90,13 +90,21 @@ def test_the_next_token_is_that_of_the_release(release):
     prompt = Document("x", ["w5 w6", to_png(picture()), "w7 w90 w8"], {})
     reading = Reader(run).start(prompt)
     assert reading.tokens == [BOS, 5, 6, BOI, *[IMAGE] * 6, 7, 90, 8]
-    pixels = torch.from_numpy(crop(Image.fromarray(picture()), 224)).permute(2, 0, 1).float() / 255
-    wanted, blank = next_token(state, reading.tokens, torch.stack([pixels, torch.zeros_like(pixels)]))
+    pixels = torch.from_numpy(crop(Image.fromarray(picture()), 224)).permute(2, 0, 1).double() / 255
+    exact = {
+        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in state.items()
+    }
+    # In float64: these layers amplify rounding, and the release's own in float32 are 2e-4 off on some CPUs.
+    torch.set_default_dtype(torch.float64)
+    try:
+        wanted, blank = next_token(exact, reading.tokens, torch.stack([pixels, torch.zeros_like(pixels)]))
+    finally:
+        torch.set_default_dtype(torch.float32)
     chosen = reading.logits > -torch.inf
     assert (~chosen).nonzero()[:, 0].tolist() == [BOS, PAD, IMAGE]
     error = (reading.logits - wanted)[chosen].abs().max()
-    assert error < 1e-4 * wanted[chosen].abs().max()
-    assert (blank - wanted).abs().max() > 100 * error
+    assert error < 5e-4 * wanted[chosen].abs().max()
+    assert (blank - wanted)[chosen].abs().max() > 1000 * error
 
 
 def test_the_command_writes_a_page_from_it(release, tmp_path):
