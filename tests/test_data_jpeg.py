@@ -228,9 +228,8 @@ def random_jpeg(draw: random.Random) -> tuple[bytes, int, int]:
     return file.getvalue(), width, height
 
 
+@pytest.mark.skipif(not jpeg.has_vectors, reason="this CPU has no AVX2: there is one code alone")
 def test_vector_instructions_change_no_pixel(monkeypatch):
-    if not jpeg.has_vectors:
-        pytest.skip("this CPU has no AVX2")
     monkeypatch.setattr(
         ImageFile, "MAXBLOCK", 1 << 22
     )  # Pillow's room for a JPEG; noise takes more than it thinks

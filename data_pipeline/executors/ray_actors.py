@@ -76,12 +76,13 @@ class Maker:
 
 
 def _plain(error: Exception) -> Exception:
-    """The error, or one that says the same where it cannot be pickled and read again."""
+    """The error; where it cannot be pickled and read again, for whatever reason its class has, one that says
+    the same and why."""
     try:
         pickle.loads(pickle.dumps(error, 5))
-        return error
-    except Exception:
-        return DataError(f"{type(error).__name__}: {error}")
+    except Exception as why:
+        return DataError(f"{type(error).__name__}: {error} (cannot be passed on as it is: {why})")
+    return error
 
 
 @dataclass(frozen=True)
